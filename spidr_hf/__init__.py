@@ -1,0 +1,54 @@
+"""SpidR and DinoSR for Transformers. Importing this package registers its models with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForAudioClassification,
+    AutoModelForAudioFrameClassification,
+    AutoModelForAudioTokenization,
+    AutoModelForAudioXVector,
+    AutoModelForCTC,
+    AutoModelForPreTraining,
+)
+
+from .modeling_spidr import (
+    SpidrConfig,
+    SpidrFeatureExtractor,
+    SpidrForAudioFrameClassification,
+    SpidrForAudioTokenization,
+    SpidrForCTC,
+    SpidrForPretraining,
+    SpidrForSequenceClassification,
+    SpidrForXVector,
+    SpidrModel,
+    SpidrPreTrainedModel,
+)
+
+__version__ = "0.1.0"
+
+AutoConfig.register(SpidrConfig.model_type, SpidrConfig)
+AutoFeatureExtractor.register(SpidrConfig, SpidrFeatureExtractor)
+for _auto_class, _model_class in (
+    (AutoModel, SpidrModel),
+    (AutoModelForPreTraining, SpidrForPretraining),
+    (AutoModelForAudioTokenization, SpidrForAudioTokenization),
+    (AutoModelForCTC, SpidrForCTC),
+    (AutoModelForAudioClassification, SpidrForSequenceClassification),
+    (AutoModelForAudioFrameClassification, SpidrForAudioFrameClassification),
+    (AutoModelForAudioXVector, SpidrForXVector),
+):
+    _auto_class.register(SpidrConfig, _model_class)
+
+__all__ = [
+    "SpidrConfig",
+    "SpidrFeatureExtractor",
+    "SpidrForAudioFrameClassification",
+    "SpidrForAudioTokenization",
+    "SpidrForCTC",
+    "SpidrForPretraining",
+    "SpidrForSequenceClassification",
+    "SpidrForXVector",
+    "SpidrModel",
+    "SpidrPreTrainedModel",
+]

@@ -1,0 +1,235 @@
+"""Codebooks, prediction heads and the statistics of one update: the online clustering of DinoSR and SpidR.
+
+All codebooks are stacked (K x V x H), so that K labels, counts and losses are one operation each. Targets, distances
+and averages are float32 whatever the autocast or the dtype of the model: rounding moves labels.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_spidr import SpidrConfig
+from .layers_spidr import SpidrEncoder, masked_var_mean
+
+
+class KeepFloat32(nn.Module):
+    """A module that moves between devices but keeps its dtype under `.half()`, `.bfloat16()` and `.to(dtype)`."""
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype:
+                return moved
+            return moved.to(tensor.dtype) if moved.is_meta or tensor.is_meta else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class SpidrTeacher(KeepFloat32, SpidrEncoder):
+    """The slowly moving copy of the encoder: always in eval mode, in float32, without gradients."""
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+
+@contextmanager
+def full_float32(device: torch.device):
+    """No autocast, and float32 products in full precision (TF32 moves labels)."""
+    precision = torch.get_float32_matmul_precision()
+    with torch.autocast(device.type, enabled=False):
+        if precision == "highest" or device.type != "cuda":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+def instance_norm_rows(
+    representations: Tensor, rows: Tensor, lengths: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Targets of the frames `rows` (N indices into B * T) of B x T x H: N x H, float32.
+
+    Each channel is normalised over the valid frames of its own utterance; only the frames asked for are written.
+    """
+    batch, length, width = representations.shape
+    representations = representations.float()
+    mean, var = masked_var_mean(representations, lengths)
+    utterances = torch.div(rows, length, rounding_mode="floor")
+    scale = torch.rsqrt(var.view(batch, width) + eps)
+    selected = representations.reshape(batch * length, width)[rows]
+    return (selected - mean.view(batch, width)[utterances]) * scale[utterances]
+
+
+class SpidrCodebooks(KeepFloat32):
+    """K codebooks of V codewords as moving sums and counts (DinoSR section 3.2); a codeword is their quotient."""
+
+    def __init__(self, config: SpidrConfig):
+        super().__init__()
+        shape = (config.num_codebooks, config.codebook_size)
+        self.decay = config.codebook_decay
+        self.register_buffer("sums", torch.empty(*shape, config.hidden_size, dtype=torch.float32))
+        self.register_buffer("counts", torch.empty(shape, dtype=torch.float32))
+
+    def reset(self) -> None:
+        """Initial state: counts of 1, sums standard normal and normalised over the codewords for each dimension."""
+        sums = torch.randn(self.sums.shape, dtype=torch.float32, device=self.sums.device)
+        if sums.numel() and not sums.is_meta:
+            var, mean = torch.var_mean(sums, dim=1, correction=0, keepdim=True)
+            sums = (sums - mean) * torch.rsqrt(var + 1e-5)
+        init.copy_(self.sums, sums)
+        init.ones_(self.counts)
+
+    def assign(self, targets: Tensor) -> Tensor:
+        """Nearest codeword in L2 distance of targets K x N x H: labels K x N."""
+        with full_float32(targets.device):
+            codewords = self.sums / self.counts.unsqueeze(-1)
+            # The targets' own norms shift all distances alike and are left out.
+            half_norms = 0.5 * codewords.square().sum(-1).unsqueeze(1)
+            return torch.baddbmm(half_norms, targets, codewords.transpose(1, 2), alpha=-1).argmin(-1)
+
+    @torch.no_grad()
+    def update(self, counts: Tensor, sums: Tensor) -> None:
+        """Moves the codewords that were assigned (`counts` K x V, `sums` K x V x H); the others stay untouched."""
+        if self.decay >= 1:
+            return
+        weight = (1 - self.decay) * (counts > 0).to(counts.dtype)
+        self.counts.lerp_(counts, weight)
+        self.sums.lerp_(sums, weight.unsqueeze(-1))
+
+
+class SpidrPredictionHeads(nn.Module):
+    """K linear heads H -> V as one batched product."""
+
+    def __init__(self, config: SpidrConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """K x N x H (each head its own input) or N x H (all heads the same) -> logits K x N x V."""
+        if hidden_states.dim() == 2:
+            logits = F.linear(hidden_states, self.weight.flatten(0, 1), self.bias.flatten())
+            return logits.view(len(hidden_states), *self.bias.shape).transpose(0, 1)
+        # baddbmm is no autocast operation everywhere; bmm is.
+        return torch.bmm(hidden_states, self.weight.transpose(1, 2)) + self.bias.unsqueeze(1)
+
+
+def perplexity(distributions: Tensor) -> Tensor:
+    """2 ** entropy of distributions (K x V), averaged over the K codebooks."""
+    return torch.exp(torch.special.entr(distributions.float()).sum(-1)).mean()
+
+
+@dataclass
+class SpidrTrainingStatistics:
+    """What all processes together saw since the last update. Tensors on the model's device, float32.
+
+    Attributes:
+        loss: mean over masked frames and codebooks.
+        layer_losses: K, mean over masked frames.
+        target_ppl, pred_ppl: perplexity of the assigned and of the predicted codewords, averaged over codebooks.
+        num_masked_frames: number of masked frames.
+        active_codewords: K, codewords that were assigned at least once.
+    """
+
+    loss: Tensor
+    layer_losses: Tensor
+    target_ppl: Tensor
+    pred_ppl: Tensor
+    num_masked_frames: Tensor
+    active_codewords: Tensor
+
+
+class StatisticsBuffer:
+    """One flat float32 buffer for everything that the processes share in an update, so that one all-reduce does."""
+
+    frames: Tensor
+    loss_sums: Tensor
+    counts: Tensor
+    prediction_sums: Tensor
+    sums: Tensor
+
+    def __init__(self, config: SpidrConfig, device: torch.device):
+        codebooks, codewords, width = config.num_codebooks, config.codebook_size, config.hidden_size
+        shapes = {
+            "frames": (1,),
+            "loss_sums": (codebooks,),
+            "counts": (codebooks, codewords),
+            "prediction_sums": (codebooks, codewords),
+            "sums": (codebooks, codewords, width),
+        }
+        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        for (name, shape), part in zip(shapes.items(), self.flat.split(sizes), strict=True):
+            setattr(self, name, part.view(shape))
+        self.empty = True
+        self.reduced = False
+
+    @torch.no_grad()
+    def add(self, labels: Tensor, targets: Tensor, losses: Tensor, prediction_means: Tensor) -> None:
+        """Adds a forward: labels K x N, targets K x N x H, losses K (means), prediction_means K x V."""
+        if self.reduced:
+            self.clear()
+        frames = labels.shape[1]
+        flat_labels = _flat_labels(labels, self.counts.shape[1])
+        ones = torch.ones((), device=labels.device).expand(flat_labels.shape)
+        self.counts.view(-1).index_add_(0, flat_labels, ones)
+        self.sums.view(-1, self.sums.shape[-1]).index_add_(0, flat_labels, targets.flatten(0, 1))
+        self.loss_sums.add_(losses.float(), alpha=frames)
+        self.prediction_sums.add_(prediction_means.float(), alpha=frames)
+        self.frames.add_(frames)
+        self.empty = False
+
+    def reduce(self) -> SpidrTrainingStatistics:
+        """Sums over all processes, in the update's one collective; a second call only reads."""
+        if not self.reduced and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.flat)
+        self.reduced = True
+        layer_losses = self.loss_sums / self.frames
+        return SpidrTrainingStatistics(
+            loss=layer_losses.mean(),
+            layer_losses=layer_losses,
+            target_ppl=perplexity(self.counts / self.frames),
+            pred_ppl=perplexity(self.prediction_sums / self.frames),
+            num_masked_frames=self.frames[0].clone(),
+            active_codewords=(self.counts > 0).sum(-1),
+        )
+
+    def clear(self) -> None:
+        self.flat.zero_()
+        self.empty, self.reduced = True, False
+
+
+def _flat_labels(labels: Tensor, codewords: int) -> Tensor:
+    """Labels K x N as N * K positions in the stacked codebooks K * V."""
+    offsets = torch.arange(len(labels), device=labels.device).unsqueeze(1) * codewords
+    return (labels + offsets).flatten()
+
+
+def label_distributions(labels: Tensor, codewords: int) -> Tensor:
+    """Share of each codeword among labels K x N: K x V, without one-hot matrices."""
+    flat_labels = _flat_labels(labels, codewords)
+    counts = torch.zeros(len(labels) * codewords, device=labels.device)
+    counts.index_add_(0, flat_labels, torch.ones((), device=labels.device).expand(flat_labels.shape))
+    return counts.view(len(labels), codewords) / labels.shape[1]
+
+
+__all__ = [
+    "KeepFloat32",
+    "SpidrCodebooks",
+    "SpidrPredictionHeads",
+    "SpidrTeacher",
+    "SpidrTrainingStatistics",
+    "StatisticsBuffer",
+    "full_float32",
+    "instance_norm_rows",
+    "label_distributions",
+    "perplexity",
+]

@@ -1,0 +1,456 @@
+"""Layers of the SpidR encoder: convolutional feature extractor, positional convolutions, transformer.
+
+Everything runs channels-last (B x T x C). The convolutions of the extractor are matrix products over the whole batch
+laid end to end, which is faster than convolving and needs no transpose around the norms. The obvious forms stand in
+`tests/reference.py`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_spidr import SpidrConfig
+
+
+def conv_output_length(length, kernel: int, stride: int):
+    """Number of outputs of a convolution without padding over `length` inputs (an int or an integer tensor)."""
+    if isinstance(length, Tensor):
+        return torch.div(length - kernel, stride, rounding_mode="floor") + 1
+    return (length - kernel) // stride + 1
+
+
+def frame_lengths(config: SpidrConfig, lengths):
+    """Frames T of `lengths` samples (an int or an integer tensor), at least 0."""
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        lengths = conv_output_length(lengths, kernel, stride)
+    return lengths.clamp(min=0) if isinstance(lengths, Tensor) else max(lengths, 0)
+
+
+def receptive_field(config: SpidrConfig) -> int:
+    """Samples that one frame sees (400 for the base model); shorter audio has no frame."""
+    field = 1
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        field = (field - 1) * stride + kernel
+    return field
+
+
+class _StridedConv1d(torch.autograd.Function):
+    """Strided convolution of R x C rows laid end to end, as ceil(kernel / stride) matrix products without copies.
+
+    `stride` neighbouring rows seen as one of `stride * C` are the input of the first `stride` taps; the same view one
+    row further down is the input of the next ones. Outputs whose taps reach past their utterance's end mix with the
+    next utterance: the caller slices them off.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+        out_channels, channels, kernel = weight.shape
+        taps = weight.permute(2, 1, 0).reshape(kernel * channels, out_channels)
+        windows = x.view(-1, stride * channels)
+        out = None
+        for shift, first, last in _tap_groups(kernel, stride, channels):
+            group = taps[first:last]
+            if shift == 0:
+                inputs = windows[:, : last - first]
+                out = inputs @ group if bias is None else torch.addmm(bias, inputs, group)
+            elif shift < len(out):
+                out[:-shift].addmm_(windows[shift:, : last - first], group)
+        ctx.save_for_backward(x, taps)
+        ctx.stride, ctx.shape, ctx.has_bias = stride, weight.shape, bias is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, taps = ctx.saved_tensors
+        out_channels, channels, kernel = ctx.shape
+        windows = x.view(-1, ctx.stride * channels)
+        grad = grad.contiguous()
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        grad_windows = grad.new_zeros(windows.shape) if need_x and kernel < ctx.stride else None
+        if need_x and grad_windows is None:
+            grad_windows = torch.empty_like(windows)
+        grad_taps = torch.empty_like(taps) if need_weight else None
+        for shift, first, last in _tap_groups(kernel, ctx.stride, channels):
+            outputs = grad[: len(grad) - shift] if shift else grad
+            width = last - first
+            if need_x and shift == 0:
+                torch.mm(outputs, taps[first:last].t(), out=grad_windows[:, :width])
+            elif need_x:
+                grad_windows[shift:, :width].addmm_(outputs, taps[first:last].t())
+            if need_weight:
+                torch.mm(windows[shift:, :width].t(), outputs, out=grad_taps[first:last])
+        grad_weight = grad_taps.view(kernel, channels, out_channels).permute(2, 1, 0) if need_weight else None
+        grad_bias = grad.sum(0) if ctx.has_bias else None
+        return (grad_windows.view_as(x) if need_x else None), grad_weight, grad_bias, None
+
+
+def _tap_groups(kernel: int, stride: int, channels: int):
+    """(rows to shift by, first, last row of the taps matrix) of each matrix product."""
+    for shift in range(math.ceil(kernel / stride)):
+        yield shift, shift * stride * channels, min((shift + 1) * stride, kernel) * channels
+
+
+def conv1d_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """Convolution without padding of B x T x C (T a multiple of `stride`) -> B x T/stride x O.
+
+    The last `ceil(kernel / stride) - 1` outputs of each row reach beyond it and hold no meaningful value. The
+    result has the autocast dtype where autocast is on.
+    """
+    batch, length, channels = x.shape
+    out_channels, _, kernel = weight.shape
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if channels == 1:
+        # One product over copied windows: splitting the ten taps would write the largest activation of the model twice.
+        windows = F.pad(x.reshape(-1), (0, max(kernel - stride, 0))).unfold(0, kernel, stride)
+        out = F.linear(windows, weight.view(out_channels, kernel), bias)
+    elif torch.compiler.is_compiling():
+        # The compiler does better with the plain formula. Padding keeps the row length the other form has.
+        x = F.pad(x.transpose(1, 2), (0, max(kernel - stride, 0)))
+        return F.conv1d(x, weight, bias, stride).transpose(1, 2)
+    else:
+        out = _StridedConv1d.apply(x.reshape(batch * length, channels), weight, bias, stride)
+    return out.view(batch, length // stride, out_channels)
+
+
+class SpidrConvLayer(nn.Module):
+    """Conv1d without padding, norm, activation (SPEC: feat_extract_norm)."""
+
+    def __init__(self, config: SpidrConfig, index: int):
+        super().__init__()
+        in_channels = config.conv_dim[index - 1] if index else 1
+        channels = config.conv_dim[index]
+        self.conv = nn.Conv1d(
+            in_channels, channels, config.conv_kernel[index], config.conv_stride[index], bias=config.conv_bias
+        )
+        if config.feat_extract_norm == "layer":
+            self.layer_norm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        elif index == 0:
+            self.layer_norm = nn.GroupNorm(channels, channels, eps=config.layer_norm_eps)
+        else:
+            self.layer_norm = None
+        self.activation = ACT2FN[config.feat_extract_activation]
+
+    def forward(self, hidden_states: Tensor, length: int, lengths: Tensor | None) -> Tensor:
+        """B x T x C (T a multiple of the stride) -> B x T/stride x O.
+
+        `length` counts the valid outputs of the longest row, `lengths` (B) those of each row where rows differ; only
+        the group norm, which normalises over time, needs them.
+        """
+        hidden_states = conv1d_channels_last(hidden_states, self.conv.weight, self.conv.bias, self.conv.stride[0])
+        if isinstance(self.layer_norm, nn.LayerNorm):
+            hidden_states = self.layer_norm(hidden_states)
+        elif self.layer_norm is not None:
+            hidden_states = _group_norm(hidden_states, self.layer_norm, length, lengths)
+        return self.activation(hidden_states)
+
+
+def _group_norm(x: Tensor, norm: nn.GroupNorm, length: int, lengths: Tensor | None) -> Tensor:
+    """GroupNorm with a group per channel over the valid frames of each row of B x T x C, in float32.
+
+    torch's own would let padding into the statistics, so that a row would depend on its neighbours' lengths.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        mean, var = masked_var_mean(x[:, :length].float(), lengths)
+        scale = norm.weight.float() * torch.rsqrt(var + norm.eps)
+        return torch.addcmul(norm.bias.float() - mean * scale, x, scale).to(x.dtype)
+
+
+def masked_var_mean(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over time of B x T x C, each B x 1 x C, over the first `lengths` frames of each row."""
+    if lengths is None:
+        var, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
+        return mean, var
+    valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None]).unsqueeze(-1)
+    count = lengths.clamp(min=1).view(-1, 1, 1).to(x.dtype)
+    mean = torch.where(valid, x, 0).sum(1, keepdim=True) / count
+    var = torch.where(valid, x - mean, 0).square().sum(1, keepdim=True) / count
+    return mean, var
+
+
+class SpidrFeatureEncoder(nn.Module):
+    """Waveforms B x S -> features B x T x conv_dim[-1], one frame per 320 samples."""
+
+    def __init__(self, config: SpidrConfig):
+        super().__init__()
+        self.config = config
+        self.conv_layers = nn.ModuleList(SpidrConvLayer(config, i) for i in range(config.num_feat_extract_layers))
+
+    def forward(self, input_values: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """`lengths` (B): valid samples of each row, None when every row is full."""
+        length = input_values.shape[1]
+        # Rows padded to whole frames can be laid end to end: every layer's stride then divides their length.
+        hidden_states = F.pad(input_values, (0, -length % self.config.inputs_to_logits_ratio)).unsqueeze(-1)
+        for layer, kernel, stride in zip(
+            self.conv_layers, self.config.conv_kernel, self.config.conv_stride, strict=True
+        ):
+            length = conv_output_length(length, kernel, stride)
+            lengths = None if lengths is None else conv_output_length(lengths, kernel, stride)
+            hidden_states = layer(hidden_states, length, lengths)
+        return hidden_states[:, :length]
+
+
+class SpidrFeatureProjection(nn.Module):
+    """LayerNorm and projection to the encoder's width: B x T x conv_dim[-1] -> B x T x H."""
+
+    def __init__(self, config: SpidrConfig):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
+        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.projection(self.layer_norm(features))
+
+
+class SpidrPositionalConvEmbedding(nn.Module):
+    """Stack of grouped convolutions, each followed by a norm without parameters and the activation: B x T x H."""
+
+    def __init__(self, config: SpidrConfig):
+        super().__init__()
+        kernel = config.pos_conv_kernel
+        self.convs = nn.ModuleList(
+            nn.Conv1d(
+                config.hidden_size,
+                config.hidden_size,
+                kernel,
+                padding=kernel // 2,
+                groups=config.num_conv_pos_embedding_groups,
+            )
+            for _ in range(config.conv_pos_depth)
+        )
+        self.activation = ACT2FN[config.feat_extract_activation]
+        self.eps = config.layer_norm_eps
+
+    def forward(self, hidden_states: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """`frame_mask` (B x T, bool): the frames that are not padding. Padded frames of the result are zero."""
+        length = hidden_states.shape[1]
+        keep = None if frame_mask is None else frame_mask.unsqueeze(-1)
+        for conv in self.convs:
+            if keep is not None:
+                hidden_states = hidden_states * keep
+            # As a 2-D convolution of height 1 this is channels-last without a copy, and faster than Conv1d.
+            images = hidden_states.unsqueeze(1).permute(0, 3, 1, 2)
+            images = F.conv2d(
+                images, conv.weight.unsqueeze(2), conv.bias, padding=(0, conv.padding[0]), groups=conv.groups
+            )
+            hidden_states = images.permute(0, 2, 3, 1).squeeze(1)[:, :length]
+            hidden_states = self.activation(F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps))
+        return hidden_states if keep is None else hidden_states * keep
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention spelled out, B x heads x T x D -> B x T x heads x D, with its weights B x heads x T x T."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(F.softmax(scores, dim=-1), p=dropout, training=module.training)
+    return torch.matmul(weights.to(value.dtype), value).transpose(1, 2).contiguous(), weights
+
+
+class SpidrAttention(nn.Module):
+    """Multi-head self-attention with one fused query-key-value projection (order q, k, v)."""
+
+    def __init__(self, config: SpidrConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.attention_dropout
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, length, _ = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attention: Callable = eager_attention_forward
+        if not output_attentions:
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        context, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+        )
+        return self.proj(context.reshape(batch, length, -1)), weights
+
+
+class SpidrFeedForward(nn.Module):
+    """Linear, activation, dropout, Linear: the representation that units, targets and ABX use."""
+
+    def __init__(self, config: SpidrConfig):
+        super().__init__()
+        self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.activation_dropout)
+        self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.output_dense(self.dropout(self.activation(self.intermediate_dense(hidden_states))))
+
+
+class SpidrEncoderLayer(GradientCheckpointingLayer):
+    """Transformer layer, post-norm or pre-norm (`do_stable_layer_norm`)."""
+
+    def __init__(self, config: SpidrConfig):
+        super().__init__()
+        self.attention = SpidrAttention(config)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = SpidrFeedForward(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.pre_norm = config.do_stable_layer_norm
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        representation_only: bool = False,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """B x T x H -> (output, representation, attention weights).
+
+        The representation is the feed-forward output before dropout, residual and the last norm. With
+        `representation_only` nothing after it is computed and the output is None.
+        """
+        inputs = self.layer_norm(hidden_states) if self.pre_norm else hidden_states
+        context, weights = self.attention(inputs, attention_mask, output_attentions)
+        hidden_states = hidden_states + self.dropout(context)
+        if self.pre_norm:
+            representation = self.feed_forward(self.final_layer_norm(hidden_states))
+        else:
+            hidden_states = self.layer_norm(hidden_states)
+            representation = self.feed_forward(hidden_states)
+        if representation_only:
+            return None, representation, weights
+        output = hidden_states + self.dropout(representation)
+        return (output if self.pre_norm else self.final_layer_norm(output)), representation, weights
+
+
+class SpidrEncoderOutput(NamedTuple):
+    """What `SpidrEncoder` returns; lists hold one entry per layer that was asked for, B x T x H each."""
+
+    last_hidden_state: Tensor | None
+    representations: list[Tensor]
+    layer_outputs: list[Tensor]
+    embeddings: Tensor
+    attentions: list[Tensor]
+
+    @property
+    def hidden_states(self) -> tuple[Tensor, ...]:
+        """The L + 1 hidden states of transformers: the input of the first layer and the output of each."""
+        return (self.embeddings, *self.layer_outputs[:-1], self.last_hidden_state)
+
+
+class SpidrEncoder(nn.Module):
+    """Positional convolutions and transformer layers over projected features B x T x H."""
+
+    def __init__(self, config: SpidrConfig):
+        super().__init__()
+        self.config = config
+        self.pos_conv_embed = SpidrPositionalConvEmbedding(config)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(SpidrEncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        frame_mask: Tensor | None = None,
+        *,
+        num_layers: int | None = None,
+        first_representation: int | None = None,
+        output_layers: bool = False,
+        output_attentions: bool = False,
+        representation_only: bool = False,
+    ) -> SpidrEncoderOutput:
+        """
+        Args:
+            frame_mask: B x T, True on frames that are not padding; None when nothing is padded.
+            num_layers: stop after this many layers (all by default); a final norm is then not applied.
+            first_representation: keep the representations of this layer (counted from 1) and the later ones.
+            output_layers: keep every layer's output, after the residual.
+            representation_only: compute nothing after the last layer's representation; `last_hidden_state` is None.
+        """
+        hidden_states = hidden_states + self.pos_conv_embed(hidden_states, frame_mask)
+        if not self.config.do_stable_layer_norm:
+            hidden_states = self.layer_norm(hidden_states)
+        hidden_states = embeddings = self.dropout(hidden_states)
+        attention_mask = self._attention_mask(hidden_states, frame_mask, output_attentions)
+
+        representations, outputs, attentions = [], [], []
+        num_layers = len(self.layers) if num_layers is None else num_layers
+        for number, layer in enumerate(self.layers[:num_layers], start=1):
+            output, representation, weights = layer(
+                hidden_states, attention_mask, output_attentions, representation_only and number == num_layers
+            )
+            if self.training and self.config.layerdrop > 0 and output is not None:
+                # The layer has run all the same: its representation reaches the objective, its parameters have
+                # gradients on every process, and nothing waits for a random number on the host.
+                kept = torch.rand((), device=output.device) >= self.config.layerdrop
+                output = torch.where(kept, output, hidden_states)
+            hidden_states = output
+            if first_representation is not None and number >= first_representation:
+                representations.append(representation)
+            if output_layers:
+                outputs.append(output)
+            if output_attentions:
+                attentions.append(weights)
+        if self.config.do_stable_layer_norm and hidden_states is not None and num_layers == len(self.layers):
+            hidden_states = self.layer_norm(hidden_states)
+        return SpidrEncoderOutput(hidden_states, representations, outputs, embeddings, attentions)
+
+    def _attention_mask(self, hidden_states: Tensor, frame_mask: Tensor | None, output_attentions: bool):
+        if frame_mask is None:
+            return None
+        implementation = self.config._attn_implementation
+        if output_attentions or implementation == "eager":
+            padding = torch.zeros_like(frame_mask, dtype=hidden_states.dtype)
+            return padding.masked_fill(~frame_mask, torch.finfo(hidden_states.dtype).min)[:, None, None, :]
+        if implementation == "sdpa":
+            return frame_mask[:, None, None, :]
+        return create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=frame_mask.to(torch.int64)
+        )
+
+
+__all__ = [
+    "SpidrEncoder",
+    "SpidrEncoderLayer",
+    "SpidrEncoderOutput",
+    "SpidrFeatureEncoder",
+    "SpidrFeatureProjection",
+    "conv1d_channels_last",
+    "conv_output_length",
+    "frame_lengths",
+    "masked_var_mean",
+    "receptive_field",
+]

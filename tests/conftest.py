@@ -1,0 +1,48 @@
+"""Tests run offline, in one thread per process, and leave nothing behind outside temporary folders."""
+
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+# Set before torch and transformers are imported, here and in the processes that tests start.
+_HOME = tempfile.mkdtemp(prefix="spidr_hf-tests-")
+os.environ |= {
+    "HF_HOME": _HOME,
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MPLBACKEND": "Agg",
+    "MPLCONFIGDIR": str(Path(_HOME, "matplotlib")),
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins on this machine may be reached, nothing else: a test that needs the network fails at once."""
+    connect = socket.socket.connect
+
+    def local_connect(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "localhost", "::1"):
+            raise ConnectionError(f"tests must not use the network, but something connects to {address!r}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_connect)
+
+
+@pytest.fixture(scope="session")
+def speech() -> Path:
+    """The folder with `small.tar`, `manifest.csv` and `alignments.jsonl`: real speech for tests."""
+    return ROOT / "examples" / "data"
