@@ -30,7 +30,7 @@ _RANGES = (
         "an integer of at least 0",
         lambda value: value >= 0,
     ),
-    ("layer_norm_eps ema_timescale", (int, float), "a positive number", lambda value: value > 0),
+    ("layer_norm_eps ema_timescale", (int, float), "a positive number", lambda value: 0 < value < math.inf),
     (
         "initializer_range codebook_decay ema_threshold",
         (int, float),
@@ -44,6 +44,15 @@ _RANGES = (
         "a number in [0, 1]",
         lambda value: 0 <= value <= 1,
     ),
+)
+_FLAGS = (
+    "conv_bias",
+    "conv_pos_norm",
+    "do_stable_layer_norm",
+    "attention_bias",
+    "apply_spec_augment",
+    "ctc_zero_infinity",
+    "use_weighted_layer_sum",
 )
 
 
@@ -69,7 +78,7 @@ class SpidrConfig(PreTrainedConfig):
         intermediate_size (`int`, *optional*, defaults to 3072):
             Width of the feed-forward network.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the feed-forward network and of the positional convolutions ("gelu" is the exact, erf form).
+            Activation of the feed-forward network ("gelu" is the exact, erf form).
         hidden_dropout (`float`, *optional*, defaults to 0.1):
             Dropout of the embeddings and of both residual branches.
         attention_dropout (`float`, *optional*, defaults to 0.1):
@@ -91,7 +100,7 @@ class SpidrConfig(PreTrainedConfig):
             `"layer"`: LayerNorm over channels after every convolution. `"group"`: one GroupNorm with a group per
             channel (normalising over time) after the first convolution only.
         feat_extract_activation (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the convolutional feature extractor.
+            Activation of the feature extractor and of the positional convolutions.
         conv_dim, conv_kernel, conv_stride (`tuple[int, ...]`, *optional*):
             Channels, kernels and strides of the feature extractor; equally long. The defaults make one frame of
             400 samples every 320 samples (20 ms at 16 kHz).
@@ -102,6 +111,8 @@ class SpidrConfig(PreTrainedConfig):
             `max(3, conv_pos_kernel_size // conv_pos_depth)` frames.
         conv_pos_depth (`int`, *optional*, defaults to 5):
             Number of positional convolutions.
+        conv_pos_norm (`bool`, *optional*, defaults to `True`):
+            Whether each positional convolution is followed by a norm (not in original DinoSR models of depth 1).
         num_conv_pos_embedding_groups (`int`, *optional*, defaults to 16):
             Groups of each positional convolution; divides `hidden_size`.
         do_stable_layer_norm (`bool`, *optional*, defaults to `False`):
@@ -177,6 +188,7 @@ class SpidrConfig(PreTrainedConfig):
     conv_bias: bool = False
     conv_pos_kernel_size: int = 95
     conv_pos_depth: int = 5
+    conv_pos_norm: bool = True
     num_conv_pos_embedding_groups: int = 16
     do_stable_layer_norm: bool = False
     attention_bias: bool = False
@@ -214,12 +226,24 @@ class SpidrConfig(PreTrainedConfig):
         self._validate()
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # Fields that the caller changes are set after construction.
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._validate()
+        return loaded
+
     def _validate(self) -> None:
         for names, kind, allowed, condition in _RANGES:
             for name in names.split():
                 value = getattr(self, name)
                 if isinstance(value, bool) or not isinstance(value, kind) or not condition(value):
                     raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if self.vocab_size is not None and not _is_positive_integer(self.vocab_size):
+            raise ValueError(f"`vocab_size` must be a positive integer or None, got {self.vocab_size!r}.")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -239,11 +263,12 @@ class SpidrConfig(PreTrainedConfig):
         for names in (("conv_dim", "conv_kernel", "conv_stride"), ("tdnn_dim", "tdnn_kernel", "tdnn_dilation")):
             values = {name: getattr(self, name) for name in names}
             for name, value in values.items():
-                if not isinstance(value, (list, tuple)) or not all(isinstance(n, int) and n > 0 for n in value):
+                if not isinstance(value, (list, tuple)) or not all(map(_is_positive_integer, value)):
                     raise ValueError(f"`{name}` must be a list of positive integers, got {value!r}.")
             if len({len(value) for value in values.values()}) != 1 or not values[names[0]]:
                 raise ValueError(f"`{'`, `'.join(names)}` must be equally long and not empty, got {values}.")
-        if isinstance(self.ema_exclude_layers, str):
+        prefixes = self.ema_exclude_layers
+        if not isinstance(prefixes, (list, tuple)) or not all(isinstance(prefix, str) for prefix in prefixes):
             raise ValueError(f"`ema_exclude_layers` must be a list of prefixes, got {self.ema_exclude_layers!r}.")
 
     @property
@@ -265,6 +290,10 @@ class SpidrConfig(PreTrainedConfig):
     def first_codebook_layer(self) -> int:
         """Number, counted from 1, of the first layer with a codebook."""
         return self.num_hidden_layers - self.num_codebooks + 1
+
+
+def _is_positive_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 __all__ = ["SpidrConfig"]

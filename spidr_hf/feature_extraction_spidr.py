@@ -51,7 +51,7 @@ class SpidrFeatureExtractor(SequenceFeatureExtractor):
             Always `"right"`.
     """
 
-    model_input_names = ["input_values", "attention_mask"]  # noqa: RUF012
+    model_input_names = ["input_values", "attention_mask"]
 
     def __init__(
         self,

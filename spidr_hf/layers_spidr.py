@@ -21,6 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_spidr import SpidrConfig
 
 
+# Samples of a batch that the extractor takes at a time where no gradient is needed: about 80 MB of activations in
+# float32 on CPU (smaller pieces are slower), and enough to fill a GPU.
+CHUNK_SAMPLES_CPU = 64_000
+CHUNK_SAMPLES = 4_000_000
+
+
 def conv_output_length(length, kernel: int, stride: int):
     """Number of outputs of a convolution without padding over `length` inputs (an int or an integer tensor)."""
     if isinstance(length, Tensor):
@@ -190,6 +196,26 @@ class SpidrFeatureEncoder(nn.Module):
 
     def forward(self, input_values: Tensor, lengths: Tensor | None = None) -> Tensor:
         """`lengths` (B): valid samples of each row, None when every row is full."""
+        batch, samples = input_values.shape
+        config, stride = self.config, self.config.inputs_to_logits_ratio
+        trains = torch.is_grad_enabled() and (input_values.requires_grad or self._trains())
+        if trains or config.feat_extract_norm == "group" or torch.compiler.is_compiling():
+            return self._convolve(input_values, lengths)
+        # A frame sees nothing outside its receptive field, so pieces give exactly what the whole gives, and the first
+        # convolution's output, the largest activation of the model, never exists as a whole.
+        frames, field = frame_lengths(config, samples), receptive_field(config)
+        budget = CHUNK_SAMPLES_CPU if input_values.device.type == "cpu" else CHUNK_SAMPLES
+        chunk = max(budget // (batch * stride), 10)
+        pieces = [
+            self._convolve(input_values[:, first * stride : (min(first + chunk, frames) - 1) * stride + field], None)
+            for first in range(0, frames, chunk)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def _convolve(self, input_values: Tensor, lengths: Tensor | None) -> Tensor:
         length = input_values.shape[1]
         # Rows padded to whole frames can be laid end to end: every layer's stride then divides their length.
         hidden_states = F.pad(input_values, (0, -length % self.config.inputs_to_logits_ratio)).unsqueeze(-1)
@@ -215,7 +241,10 @@ class SpidrFeatureProjection(nn.Module):
 
 
 class SpidrPositionalConvEmbedding(nn.Module):
-    """Stack of grouped convolutions, each followed by a norm without parameters and the activation: B x T x H."""
+    """Stack of grouped convolutions, each followed by a norm without parameters and the activation: B x T x H.
+
+    The norm can be left out (`conv_pos_norm`), as in original DinoSR models with a single convolution.
+    """
 
     def __init__(self, config: SpidrConfig):
         super().__init__()
@@ -231,6 +260,7 @@ class SpidrPositionalConvEmbedding(nn.Module):
             for _ in range(config.conv_pos_depth)
         )
         self.activation = ACT2FN[config.feat_extract_activation]
+        self.norm = config.conv_pos_norm
         self.eps = config.layer_norm_eps
 
     def forward(self, hidden_states: Tensor, frame_mask: Tensor | None = None) -> Tensor:
@@ -246,7 +276,9 @@ class SpidrPositionalConvEmbedding(nn.Module):
                 images, conv.weight.unsqueeze(2), conv.bias, padding=(0, conv.padding[0]), groups=conv.groups
             )
             hidden_states = images.permute(0, 2, 3, 1).squeeze(1)[:, :length]
-            hidden_states = self.activation(F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps))
+            if self.norm:
+                hidden_states = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
+            hidden_states = self.activation(hidden_states)
         return hidden_states if keep is None else hidden_states * keep
 
 

@@ -85,6 +85,14 @@ class SpidrPreTrainedModel(PreTrainedModel):
         """Hook: `requires_grad` of parameters that never train. Loading sets all of them to True."""
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to register: `save_pretrained` writes the whole `auto_map`, and every code file, by itself.
+
+        transformers calls this when it loads remote code; saving would then map the class to the file that defines it,
+        from which the other classes of the map cannot be reached.
+        """
+
+    @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._set_trainable()

@@ -123,11 +123,17 @@ class SpidrForCTC(SpidrHeadModel):
             attention_mask: B x S, 1 on audio.
             labels: B x U, token numbers below `config.vocab_size`; -100 (or the blank) pads.
 
-        Returns `loss` (a scalar, float32, with `labels`) and `logits` (B x T x vocab_size).
+        Returns `loss` (a scalar, float32, with `labels`) and `logits` (B x T x vocab_size). Padded frames predict the
+        blank, so that a batch decodes to the texts of its utterances alone.
         """
         hidden_states, others = self._encode(input_values, attention_mask, output_hidden_states, output_attentions)
         logits = self.lm_head(self.dropout(hidden_states))
         loss = None if labels is None else self._loss(logits, labels, attention_mask)
+        if attention_mask is not None and self.config.pad_token_id is not None:
+            valid = self._get_feature_vector_attention_mask(logits.shape[1], attention_mask)
+            is_blank = torch.arange(logits.shape[2], device=logits.device) == self.config.pad_token_id
+            padding = torch.zeros_like(logits[0, 0]).masked_fill(~is_blank, torch.finfo(logits.dtype).min)
+            logits = torch.where(valid.unsqueeze(-1), logits, padding)
         return CausalLMOutput(loss=loss, logits=logits, **others)
 
     def _loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:

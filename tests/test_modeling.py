@@ -113,15 +113,27 @@ def test_frame_numbers_and_bool_masks_are_the_same(model):
 
 def test_gradients_of_the_extractor_equal_those_of_the_obvious_form(model):
     batch = torch.stack(waveforms((4000, 4000))).requires_grad_()
-    weights = torch.randn(model.config.conv_dim[-1])
+    weights = torch.linspace(-1, 1, model.config.conv_dim[-1])
     parameters = list(model.spidr.feature_extractor.parameters())
     fast = (model.spidr.extract_features(batch)[0] @ weights).square().sum()
     obvious = sum((reference.feature_encoder(model.spidr, row) @ weights).square().sum() for row in batch)
     torch.testing.assert_close(fast, obvious, atol=1e-4, rtol=1e-5)
     got = torch.autograd.grad(fast, [*parameters, batch])
     expected = torch.autograd.grad(obvious, [*parameters, batch])
+    # A bias before the group norm has no gradient but rounding, so the scale is that of all gradients together.
+    scale = max(float(gradient.abs().max()) for gradient in expected)
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4 * float(b.abs().max()) + 1e-7, rtol=1e-3)
+        torch.testing.assert_close(a, b, atol=2e-4 * float(b.abs().max()) + 1e-5 * scale, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 3200, 4321, 10_000])
+def test_extraction_in_pieces_is_exact(model, chunk, monkeypatch):
+    batch = torch.stack(waveforms((9000, 9000)))
+    monkeypatch.setattr("spidr_hf.layers_spidr.CHUNK_SAMPLES_CPU", 1_000_000)
+    whole = model.spidr.extract_features(batch)[0]
+    monkeypatch.setattr("spidr_hf.layers_spidr.CHUNK_SAMPLES_CPU", chunk)
+    torch.testing.assert_close(model.spidr.extract_features(batch)[0], whole, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -149,9 +161,10 @@ def test_stopping_early_gives_the_first_layers(model):
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
-def test_compiles_without_graph_breaks(model, attn_implementation):
+@pytest.mark.parametrize("variant", [v if v == "spidr" else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
+def test_compiles_without_graph_breaks(variant, attn_implementation):
     torch._dynamo.reset()
-    model = copy.deepcopy(model)
+    model = tiny_model(**VARIANTS[variant])
     model.set_attn_implementation(attn_implementation)
     compiled = torch.compile(model.spidr, backend="aot_eager", fullgraph=True)
     batch, mask = padded(waveforms())

@@ -1,0 +1,220 @@
+"""Where checkpoints come from: a path, a URL, the name of a published checkpoint, or a repository of the Hub."""
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import sys
+import tempfile
+import tomllib
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from tqdm import tqdm
+
+from conversion.checkpoints import read_config
+from conversion.errors import ConversionError
+
+CARDS = Path(__file__).resolve().parent.parent / "model_cards"
+MIRROR_VARIABLE = "SPIDR_HF_MIRROR"
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+_HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>.+))?")
+_DEFAULT_HUB_FILE = "final.pt"
+
+
+@dataclass
+class Source:
+    """A checkpoint file on this machine and what is known about it."""
+
+    path: Path
+    config: dict[str, Any] | None = None  # the config.json that came with it
+    objective: str | None = None
+    card: dict[str, Any] | None = None  # of the published checkpoint that this is
+    origin: str = ""  # as the user would find it again
+
+
+@cache
+def published() -> dict[str, dict[str, Any]]:
+    """The published checkpoints by name: the data of their model cards."""
+    cards = {path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(CARDS.glob("*.toml"))}
+    return {name: {"name": name, **card} for name, card in cards.items()}
+
+
+def find_source(source: str) -> Source:
+    """Finds SOURCE and brings it to this machine.
+
+    A published name goes first (write `./spidr-base` for a file of that name), then what exists here, then the Hub.
+
+    Raises:
+        ConversionError: it is nowhere, or cannot be fetched.
+    """
+    if source in published():
+        return _published(published()[source])
+    if re.match(r"https?://", source):
+        return _from_url(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return Source(path, origin=path.name)
+    if path.is_dir() and (files := _checkpoints_in(path)):
+        chosen = path / _DEFAULT_HUB_FILE if path / _DEFAULT_HUB_FILE in files else files[0]
+        if len(files) > 1 and chosen.name != _DEFAULT_HUB_FILE:
+            raise ConversionError(f"{path} holds several checkpoints; name one: {', '.join(map(str, files))}.")
+        return Source(chosen, origin=chosen.name)
+    hub_name = _HUB_NAME.fullmatch(source)
+    if hub_name and not hub_name["repo"].endswith(_SUFFIXES) and not source.startswith("."):
+        return _from_hub(hub_name["repo"], hub_name["file"])
+    if path.is_dir():
+        raise ConversionError(f"{path} is a folder without a checkpoint file ({', '.join(_SUFFIXES)}).")
+    raise ConversionError(
+        f"{source} does not exist. Give a file, a URL, a repository of the Hub (owner/name), or one of: "
+        f"{', '.join(published())}."
+    )
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
+
+
+def _published(card: dict[str, Any]) -> Source:
+    place = card["source"]
+    source = _from_url(place["url"]) if "url" in place else _from_hub(place["repo"], place.get("file"))
+    source.objective, source.card = place["objective"], card
+    return source
+
+
+# ---- URLs
+
+
+def _from_url(url: str) -> Source:
+    card = next((card for card in published().values() if card["source"].get("url") == url), None)
+    mirror = os.environ.get(MIRROR_VARIABLE)
+    place = urllib.parse.urlsplit(url)
+    fetched = mirror.rstrip("/") + place.path if mirror and card else url
+    path = download(fetched)
+    source = Source(path, _config_beside(fetched), origin=url, card=card)
+    if card:
+        source.objective = card["source"]["objective"]
+    return source
+
+
+def _config_beside(url: str) -> dict[str, Any] | None:
+    """The config.json in the same place as `url`, if there is one."""
+    place = urllib.parse.urlsplit(url)
+    beside = place._replace(path=place.path.rpartition("/")[0] + "/config.json").geturl()
+    try:
+        with urllib.request.urlopen(_request(beside), timeout=60) as response:
+            config = json.loads(response.read(1_000_000))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _request(url: str, headers: dict[str, str] | None = None) -> urllib.request.Request:
+    return urllib.request.Request(url, headers={"User-Agent": "spidr_hf", **(headers or {})})
+
+
+def download(url: str, folder: Path | None = None) -> Path:
+    """Fetches `url` into a cache and returns the file, complete or not at all. What is there and unchanged is reused.
+
+    Args:
+        url: http or https.
+        folder: the cache; by default `spidr_hf` in the Hugging Face home (`HF_HOME`).
+    """
+    folder = folder or Path(constants.HF_HOME) / "spidr_hf"
+    name = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2]) or "checkpoint"
+    path = folder / hashlib.sha256(url.encode()).hexdigest()[:16] / re.sub(r"[^\w.-]", "_", name)
+    tags = path.with_name(path.name + ".tags.json")
+    stored = json.loads(tags.read_text()) if path.is_file() and tags.is_file() else {}
+    try:
+        with urllib.request.urlopen(_request(url, stored), timeout=60) as response:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _save(response, path, name)
+            validators = (("ETag", "If-None-Match"), ("Last-Modified", "If-Modified-Since"))
+            new = {ask: response.headers[tell] for tell, ask in validators if response.headers[tell]}
+            tags.write_text(json.dumps(new))
+    except urllib.error.HTTPError as error:
+        if error.code == 304:
+            return path
+        raise ConversionError(f"{url} cannot be fetched: the server answers {error.code} {error.reason}.") from None
+    except (OSError, http.client.HTTPException) as error:
+        if path.is_file():
+            print(f"{url} cannot be reached ({error}); using the copy in {path}.", file=sys.stderr)
+            return path
+        raise ConversionError(f"{url} cannot be fetched: {getattr(error, 'reason', error)}.") from None
+    return path
+
+
+def _save(response: Any, path: Path, name: str) -> None:
+    length = int(response.headers.get("Content-Length") or 0)
+    handle, partial = tempfile.mkstemp(prefix=name + ".", suffix=".part", dir=path.parent)
+    try:
+        with (
+            os.fdopen(handle, "wb") as file,
+            tqdm(total=length or None, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
+        ):
+            while block := response.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+            received = file.tell()
+        if length and received != length:
+            raise OSError(f"the connection broke after {received} of {length} bytes; start the command again")
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+# ---- the Hub
+
+
+def _from_hub(repo: str, file: str | None) -> Source:
+    file = file or _DEFAULT_HUB_FILE
+    path = _hub_file(repo, file)
+    if path is None:
+        raise ConversionError(
+            f"The Hub repository {repo} has no {file}. Name its checkpoint file: {repo}/path/to/checkpoint.pt."
+        )
+    folders = file.split("/")[:-1]
+    config = None
+    for depth in range(len(folders), -1, -1):  # beside the file, then in the folders above it
+        found = _hub_file(repo, "/".join([*folders[:depth], "config.json"]))
+        if found is not None:
+            config = read_config(found)
+            break
+    card = None
+    if file == _DEFAULT_HUB_FILE:
+        card = next((card for card in published().values() if card["source"].get("repo") == repo), None)
+    objective = card["source"]["objective"] if card else None
+    return Source(path, config, objective, card, f"{constants.ENDPOINT}/{repo}/blob/main/{file}")
+
+
+def _hub_file(repo: str, file: str) -> Path | None:
+    """A file of a Hub repository in the local cache, None if the repository has no such file."""
+    try:
+        return Path(hf_hub_download(repo, file))
+    except EntryNotFoundError as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            return None
+        problem = "the Hub cannot be reached, and the file is not in the local cache"
+    except GatedRepoError:
+        problem = "the repository is gated; accept its terms on the Hub and log in (`hf auth login`)"
+    except RepositoryNotFoundError:
+        problem = "there is no such public repository (for a private one: `hf auth login`)"
+    except (OSError, ValueError) as error:
+        problem = str(error).strip().splitlines()[0]
+    raise ConversionError(f"{repo} does not exist here, and fetching {file} from the Hub failed: {problem}.")
+
+
+__all__ = ["MIRROR_VARIABLE", "Source", "download", "find_source", "published"]
