@@ -46,7 +46,7 @@ class SpidrFeatureExtractor(SequenceFeatureExtractor):
         norm_eps (`float`, *optional*, defaults to 1e-5):
             Added to the variance.
         return_attention_mask (`bool`, *optional*, defaults to `True`):
-            Whether padded batches come with an `attention_mask`.
+            Whether to return an `attention_mask`. Also without padding, since pipelines pad what they collect later.
         padding_side (`str`, *optional*, defaults to `"right"`):
             Always `"right"`.
     """
@@ -109,15 +109,14 @@ class SpidrFeatureExtractor(SequenceFeatureExtractor):
             pad_to_multiple_of (`int`, *optional*):
                 Pads (and cuts) to a multiple of this many samples.
             return_attention_mask (`bool`, *optional*):
-                Whether to return `attention_mask`. By default it comes with padding and not without.
+                Whether to return `attention_mask`; the extractor's own setting by default.
             return_tensors (`str` or `TensorType`, *optional*):
                 `"pt"` or `"np"` for one tensor of shape B x S; lists of numpy arrays otherwise.
             sampling_rate (`int`, *optional*):
                 Sampling rate of `raw_speech` in Hz. Always pass it: unchecked, a wrong rate gives wrong features.
 
         Returns:
-            `BatchFeature` with `input_values` (B x S, float32) and, when padding, `attention_mask` (B x S, int32,
-            1 = audio).
+            `BatchFeature` with `input_values` (B x S, float32) and `attention_mask` (B x S, int32, 1 = audio).
 
         Raises:
             `ValueError` for a wrong sampling rate, several channels, empty or non-finite audio, and integers without a
@@ -127,7 +126,7 @@ class SpidrFeatureExtractor(SequenceFeatureExtractor):
         strategy = self._get_padding_strategies(padding, max_length=max_length)
         padded = strategy is not PaddingStrategy.DO_NOT_PAD
         if return_attention_mask is None:
-            return_attention_mask = self.return_attention_mask and padded
+            return_attention_mask = self.return_attention_mask
 
         waveforms = []
         for position, utterance in enumerate(_as_utterances(raw_speech)):

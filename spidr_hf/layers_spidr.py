@@ -20,7 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_spidr import SpidrConfig
 
-
 # Samples of a batch that the extractor takes at a time where no gradient is needed: about 80 MB of activations in
 # float32 on CPU (smaller pieces are slower), and enough to fill a GPU.
 CHUNK_SAMPLES_CPU = 64_000
