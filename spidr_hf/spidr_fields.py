@@ -45,6 +45,22 @@ SPIDR_ONLY_FIELDS = ("ema_timescale", "ema_threshold")
 MODEL_SECTION_FIELDS = ("extractor_mode", "extractor_conv_layer_config", *SPIDR_FIELDS)
 # Where the recipes differ from `SpidrConfig()` (SPEC: layer drop 0.05 belongs to DinoSR's).
 OBJECTIVE_DEFAULTS = {"spidr": {}, "dinosr": {"layerdrop": 0.05}}
+# Fields of how a model is trained, not of what it is: a checkpoint can be trained on with others.
+TRAINING_FIELDS = (
+    "encoder_projection_dropout",
+    "encoder_attention_dropout",
+    "encoder_ff_interm_dropout",
+    "encoder_dropout",
+    "encoder_layer_drop",
+    "codebook_decay",
+    "ema_start_decay",
+    "ema_final_decay",
+    "ema_final_step",
+    "ema_exclude_layers",
+    "ema_timescale",
+    "ema_threshold",
+    "freeze_step",
+)
 # What SpidR's format cannot express: these must hold for a config to be written in it.
 _FIXED = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5, "conv_pos_norm": True}
 
@@ -109,12 +125,21 @@ def to_model_section(config: SpidrConfig) -> dict[str, Any]:
     return section
 
 
+def architecture_differences(first: SpidrConfig, second: SpidrConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields, in SpidR's names, in which two models compute differently with the same weights: name -> both values."""
+    ours, theirs = to_model_section(first), to_model_section(second)
+    names = [name for name in MODEL_SECTION_FIELDS if name not in TRAINING_FIELDS]
+    return {name: (ours[name], theirs[name]) for name in names if ours[name] != theirs[name]}
+
+
 __all__ = [
     "EXTRACTOR_MODES",
     "MODEL_SECTION_FIELDS",
     "OBJECTIVE_DEFAULTS",
     "SPIDR_FIELDS",
     "SPIDR_ONLY_FIELDS",
+    "TRAINING_FIELDS",
+    "architecture_differences",
     "to_model_section",
     "to_spidr_config",
 ]

@@ -1,0 +1,317 @@
+"""Pretrain SpidR or DinoSR.
+
+On a laptop (CPU or one GPU):
+
+    accelerate launch examples/pretrain.py --config examples/configs/demo.toml --output-dir runs/demo
+
+On one node with 8 GPUs:
+
+    accelerate launch --multi_gpu --num_processes 8 examples/pretrain.py \\
+        --config examples/configs/spidr-base-librispeech.toml --output-dir runs/spidr-base \\
+        --data.manifest /data/librispeech/train.csv
+
+On two nodes with 8 GPUs each, the same command on both (RANK 0 and 1, IP of the first):
+
+    accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK \\
+        --main_process_ip IP --main_process_port 29500 examples/pretrain.py --config ... --output-dir ...
+
+Several processes on CPUs (accelerate's --cpu starts one only):
+
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/pretrain.py ...
+
+Any field of the config can be set on the command line, as in `--optimizer.max_steps 1000`. Started again, the same
+command continues from the newest complete checkpoint, at the very next batch. SIGTERM and SIGUSR1 save and stop.
+
+The run's folder gets config.toml (everything resolved), data.arrow (which utterances there are), metrics.jsonl,
+checkpoints/step_N/, skipped.jsonl (audio that cannot be used) and, at the end, final/: a model folder for
+`from_pretrained` and the Hub.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import tomllib
+from contextlib import nullcontext
+from pathlib import Path
+
+if not __package__:  # run as a command: `conversion` lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from conversion.checkpoints import read_config, read_pretraining_checkpoint
+from conversion.errors import ConversionError
+from conversion.model_folder import load_folder
+from conversion.sources import find_source
+from conversion.spidr_format import objective_of
+from conversion.tensors import check_tensors
+from spidr_hf import SpidrConfig, SpidrForPretraining
+from spidr_hf.audio import AudioError
+from spidr_hf.batching import BatchingError, Position
+from spidr_hf.data import PretrainingBatches, dropout_seed, make_loader, make_sampler
+from spidr_hf.manifests import ManifestError, open_manifest
+from spidr_hf.pretraining import (
+    LossScale,
+    StepResult,
+    autocast,
+    compile_layers,
+    distribute,
+    drop_frozen,
+    exclude_parameters,
+    gather_all,
+    initial_model,
+    make_accelerator,
+    make_optimizer,
+    save_final,
+    scale_and_clip,
+    small_batch_note,
+)
+from spidr_hf.run_config import ConfigError, PretrainingConfig, describe_fields, differences, load_config, make_config
+from spidr_hf.run_metrics import Reporter
+from spidr_hf.run_state import (
+    Checkpoint,
+    Checkpoints,
+    RunFolderError,
+    RunLock,
+    StopSignal,
+    TrainerState,
+    die_with_launcher,
+    write_text,
+)
+from spidr_hf.schedules import learning_rate
+from spidr_hf.spidr_fields import architecture_differences, to_model_section
+
+USER_ERRORS = (AudioError, BatchingError, ConfigError, ConversionError, ManifestError, RunFolderError, OSError)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"Fields of the config, for --section.field VALUE:\n{describe_fields()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML or JSON, SpidR's own included")
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the run's folder")
+    args, overrides = parser.parse_known_args()
+    die_with_launcher()
+    logging.basicConfig(format="%(message)s")
+    transformers_logging.disable_progress_bar()
+    try:
+        pretrain(load_config(args.config, overrides), args.output_dir)
+    except USER_ERRORS as error:
+        # One line from one process; the launcher takes the others down.
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
+    """The whole run: set up or resume, train, leave a model folder."""
+    accelerator, notes = make_accelerator(config, output_dir)
+    world_size, device, is_main = accelerator.num_processes, accelerator.device, accelerator.is_main_process
+    accumulation, max_steps = config.optimizer.gradient_accumulation_steps, config.optimizer.max_steps
+    notes += [*config.notes, small_batch_note(config, world_size)]
+    if config.run.use_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+    # ---- the folder, the audio, the checkpoint: the first process takes them, the others then find them there
+    checkpoints = Checkpoints(output_dir / "checkpoints", config.run.keep_latest)
+    with accelerator.main_process_first():
+        if is_main:
+            lock = RunLock(output_dir)
+            checkpoints.remove_partial()
+        checkpoint = checkpoints.newest()
+        if is_main:
+            notes += settle_config(output_dir, config, checkpoint)
+        data, cache = config.data, output_dir / "data.arrow"
+        source = open_manifest(data.manifest, resample=data.resample, cache=cache, progress=is_main)
+        model, origin = make_model(config, checkpoint)
+    found = gather_all([checkpoint.state.step if checkpoint else 0])
+    if len(set(found)) > 1:
+        raise RunFolderError(f"The processes find different checkpoints in {output_dir}: {found}. Do they share it?")
+
+    # ---- model and optimizer
+    state = checkpoint.state if checkpoint else TrainerState(data=source.fingerprint)
+    model.to(device).train()
+    exclude_parameters(model, config)
+    if state.step >= model.config.freeze_step:
+        model.freeze_feature_encoder()
+    optimizer = make_optimizer(model, config.optimizer)
+    if checkpoint:
+        checkpoint.load_optimizer(optimizer, {parameter: name for name, parameter in model.named_parameters()})
+        notes += resume_notes(state, source.fingerprint, world_size, accumulation)
+        state.data = source.fingerprint
+    if config.run.compile and device.type == "cuda":
+        compile_layers(model)
+    elif config.run.compile:
+        notes.append("`run.compile` has no effect on this device.")
+    distributed = distribute(model, accelerator)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    # ---- batches, and what is reported
+    layout = {"rank": accelerator.process_index, "world_size": world_size, "accumulation": accumulation}
+    sampler = make_sampler(source, data, model.config, **layout)
+    sampler.position = Position(state.epoch, state.batch)
+    dataset = PretrainingBatches(source, data, config.masking, model.config, config.run.random_seed)
+    loader = make_loader(dataset, sampler, data, pin_memory=device.type == "cuda")
+    notes += [origin, f"{sampler}; {world_size} process{'es' * (world_size > 1)} on {device.type}"]
+    reporter = Reporter(output_dir, config, accelerator, state, notes)
+    reporter.skipped.add(source.skipped, len(source) + len(source.skipped))
+    loss_scale = LossScale(config.optimizer.dtype == "float16", state.loss_scale)
+    precision = autocast(config, device)
+    stop = StopSignal(device)
+    batches = iter(loader) if state.step < max_steps else None
+
+    for step in range(state.step + 1, max_steps + 1):
+        lr = learning_rate(config.optimizer, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        for turn in range(accumulation):
+            batch = next(batches)
+            reporter.batch(batch)
+            if batch.failure:
+                raise AudioError(batch.failure)
+            # Named after the batch, the random numbers of dropout need not be saved and belong to no process.
+            torch.manual_seed(dropout_seed(config.run.random_seed, batch.key))
+            shares_gradients = world_size > 1 and turn == accumulation - 1
+            with nullcontext() if shares_gradients or world_size == 1 else distributed.no_sync():
+                with precision:
+                    output = distributed(**batch.to(device).inputs)
+                # A sum over frames: how many there are, only the whole update knows.
+                (output.loss * output.num_masked_frames * loss_scale.value).backward()
+
+        statistics = model.reduce_statistics()
+        gradient_scale = world_size / (statistics.num_masked_frames * loss_scale.value)
+        grad_norm = scale_and_clip(parameters, gradient_scale, config.optimizer.max_norm)
+        # The same numbers on every process, so that all of them make the update or all skip it.
+        result = StepResult.fetch(statistics, grad_norm)
+        if result.finite:
+            optimizer.step()
+            decay = model.update_teacher(step)
+            state.nonfinite_in_a_row = 0
+        else:
+            model.discard_statistics()
+            decay = model.teacher_decay(step)
+            state.skipped_steps += 1
+            state.nonfinite_in_a_row += not loss_scale.explains_overflow
+            reporter.say(
+                f"Step {step}: loss {result.loss}, gradient norm {result.grad_norm}. The update is skipped "
+                f"({state.skipped_steps} so far)."
+            )
+        loss_scale.update(result.finite)
+        optimizer.zero_grad()
+        if step == model.config.freeze_step:
+            model.freeze_feature_encoder()
+            drop_frozen(optimizer)
+            parameters = [parameter for parameter in parameters if parameter.requires_grad]
+            distributed = None
+            distributed = distribute(model, accelerator)
+
+        state.step, (state.epoch, state.batch) = step, batch.key.following
+        reporter.update(step, batch.key.epoch, result if result.finite else None, lr, decay)
+        if state.nonfinite_in_a_row >= config.run.max_nonfinite_steps:
+            raise RunFolderError(
+                f"{state.nonfinite_in_a_row} updates in a row had a non-finite loss or gradient, the last at step "
+                f"{step} (loss {result.loss}, gradient norm {result.grad_norm}). Go on from the checkpoint before with "
+                "a lower optimizer.lr or with optimizer.dtype float32."
+            )
+        stopping = stop.agreed() and step < max_steps
+        if step % config.run.save_interval == 0 or step == max_steps or stopping:
+            reporter.save_into(state)
+            state.loss_scale, state.world_size, state.accumulation = loss_scale.state(), world_size, accumulation
+            if is_main:
+                checkpoints.save(state, model, optimizer)
+        if is_main:
+            checkpoints.check()
+        if stopping:
+            break
+
+    # ---- the end
+    stop.finish()
+    reporter.close()
+    del batches
+    if is_main:
+        checkpoints.wait()
+        if state.step >= max_steps:
+            summary = f"Pretrained for {state.step} updates on {sampler.hours:.1f} h of audio."
+            save_final(model, output_dir / "final", config, summary)
+            reporter.say(f"Done: {output_dir / 'final'}")
+        else:
+            reporter.say(f"{stop.received}: saved step {state.step}. The same command continues from there.")
+        lock.release()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tuple[SpidrForPretraining, str]:
+    """The model to begin (or go on) with, and where it comes from."""
+    model = initial_model(config.model, config.run.random_seed)
+    if checkpoint is not None:
+        checkpoint.load_model(model)
+        return model, f"Continuing from {checkpoint.folder}."
+    start = config.run.init_ckpt
+    if start is None:
+        return model, "Beginning with random weights."
+    if (Path(start) / "config.json").exists() and (Path(start) / "model.safetensors").exists():
+        stored, tensors = load_folder(start)
+    else:
+        stored, tensors = read_original(start, config)
+    if differing := architecture_differences(stored, config.model):
+        values = ", ".join(
+            f"{name} is {theirs!r} there and {ours!r} here" for name, (theirs, ours) in differing.items()
+        )
+        raise ConfigError(f"`run.init_ckpt` {start} is another model than [model] says: {values}.")
+    check_tensors(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()}, what=start)
+    model.load_state_dict(tensors)
+    # Weights, codebooks and teacher are taken over; steps, and with them every schedule and the freeze, begin anew.
+    model.current_step.zero_()
+    return model, f"Beginning with the weights, codebooks and teacher of {start}."
+
+
+def read_original(start: str, config: PretrainingConfig) -> tuple[SpidrConfig, dict[str, Tensor]]:
+    """Config and tensors of a checkpoint in an original format. One that comes without config has that of [model]."""
+    found = find_source(start)
+    beside = found.config or (read_config(path) if (path := found.path.with_name("config.json")).is_file() else None)
+    given = to_model_section(config.model) if beside is None else None
+    objective = found.objective or (None if beside and objective_of(beside) else config.model.objective)
+    converted = read_pretraining_checkpoint(found.path, given, objective, config_beside=beside)
+    return converted.config, converted.tensors
+
+
+def settle_config(output_dir: Path, config: PretrainingConfig, checkpoint: Checkpoint | None) -> list[str]:
+    """Write config.toml; when resuming, say what is not as it was, and refuse another model."""
+    path, notes = output_dir / "config.toml", []
+    if checkpoint is not None and path.exists():
+        before = make_config(tomllib.loads(path.read_text(encoding="utf-8"))).to_dict()
+        changed = differences(before, config.to_dict())
+        if model := [name for name in changed if name.startswith("model.") or name == "run.model_type"]:
+            raise ConfigError(
+                f"{output_dir} holds a run of another model ({', '.join(model)} differ). Choose another --output-dir; "
+                "its checkpoint can be that run's `run.init_ckpt`."
+            )
+        notes += [f"Changed since this run began: {name} {old!r} -> {new!r}" for name, (old, new) in changed.items()]
+    write_text(
+        path, f"# The whole configuration of this run. The command that began it continues it.\n\n{config.to_toml()}"
+    )
+    return notes
+
+
+def resume_notes(state: TrainerState, data: str, world_size: int, accumulation: int) -> list[str]:
+    """What will not be as it would have been without the interruption."""
+    notes = []
+    if (state.world_size, state.accumulation) != (world_size, accumulation):
+        notes.append(
+            f"Updates were made of {state.world_size} x {state.accumulation} batches (processes x accumulation) and "
+            f"now are of {world_size} x {accumulation}. The order of the utterances goes on as it was."
+        )
+    if state.data != data:
+        notes.append("The audio is not what it was when the run began, so this epoch's order is another.")
+    return notes
+
+
+if __name__ == "__main__":
+    main()

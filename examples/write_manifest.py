@@ -1,0 +1,40 @@
+"""Write the manifest of a folder of audio files or of an uncompressed tar.
+
+    python examples/write_manifest.py AUDIO_DIR_OR_TAR OUTPUT.{csv,jsonl,tsv} [--ext .flac]
+
+Headers are read, nothing is decoded or unpacked. A tar's manifest holds byte offsets, by which its members are read in
+place. Files that cannot be used are left out and named.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from spidr_hf.manifests import ManifestError, scan_folder, scan_tar
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("audio", type=Path, metavar="AUDIO_DIR_OR_TAR", help="folder of audio files, or a .tar")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="manifest to write: .csv, .jsonl or .tsv (fairseq)")
+    parser.add_argument("--ext", nargs="+", help="only files with these suffixes (default: every audio format)")
+    parser.add_argument("--resample", action="store_true", help="keep audio of any rate and number of channels")
+    args = parser.parse_args()
+    try:
+        if not args.audio.exists():
+            raise ManifestError(f"{args.audio}: no such folder or tar.")
+        if args.output.suffix not in (".csv", ".jsonl", ".tsv"):
+            raise ManifestError(f"{args.output}: a manifest is written as .csv, .jsonl or .tsv.")
+        scan = scan_folder if args.audio.is_dir() else scan_tar
+        manifest = scan(args.audio, suffixes=args.ext, resample=args.resample)
+        manifest.write(args.output)
+    except (ManifestError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for fileid, reason in manifest.skipped:
+        print(f"left out {fileid}: {reason}", file=sys.stderr)
+    hours = manifest.num_samples.sum() / 16_000 / 3600
+    print(f"{args.output}: {len(manifest)} utterances, {hours:.2f} h; {len(manifest.skipped)} files left out")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""What lets a run be killed at any moment and go on: checkpoints, the lock on its folder, signals.
+
+A checkpoint is a folder `checkpoints/step_N` with the model (loadable by `from_pretrained`), the optimizer, and
+`trainer_state.json`, which also holds a checksum of every file. It is written under another name, synced, and renamed,
+so that a folder of that name is always complete; one damaged later is recognised by its checksums and passed over.
+"""
+
+import ctypes
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer_state.json"
+# How long a signalled process may take to save before it is ended.
+_GRACE_SECONDS = 120
+_PR_SET_PDEATHSIG = 1
+
+
+class RunFolderError(RuntimeError):
+    """A run folder that cannot be used or written to; the message says why."""
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands after an update; the part of a checkpoint that is not tensors.
+
+    Attributes:
+        step: updates made.
+        epoch, batch: position in the data (`batching.Position`).
+        world_size, accumulation: how many batches made an update.
+        data: fingerprint of the audio source.
+        loss_scale: state of `pretraining.LossScale`.
+        metrics: sums since the last row of metrics.jsonl.
+        collapse: state of `pretraining.CollapseWatch`.
+        nonfinite_in_a_row, skipped_steps: updates skipped for a non-finite loss or gradient, in a row and in all.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    world_size: int = 1
+    accumulation: int = 1
+    data: str = ""
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    collapse: dict[str, Any] = field(default_factory=dict)
+    nonfinite_in_a_row: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    state: TrainerState
+
+    def load_model(self, model: nn.Module) -> None:
+        """Put student, heads, codebooks, teacher and step into the model."""
+        model.load_state_dict(load_file(self.folder / MODEL_FILE))
+
+    def load_optimizer(self, optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
+        """Put the moments into the optimizer; `names` are the parameters' names in the model."""
+        load_optimizer_tensors(optimizer, names, load_file(self.folder / OPTIMIZER_FILE))
+
+
+class Checkpoints:
+    """The checkpoints of a run: `folder/step_N`.
+
+    Args:
+        folder: made when the first one is written.
+        keep_latest: how many to keep; -1: all.
+
+    Only one process may write. Writing happens in a thread while training goes on; its errors come out of `wait`.
+    """
+
+    def __init__(self, folder: str | Path, keep_latest: int = -1):
+        self.folder = Path(folder)
+        self.keep_latest = keep_latest
+        self._writer: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        names = [path.name.removeprefix("step_") for path in self.folder.glob("step_*")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def newest(self) -> Checkpoint | None:
+        """The newest undamaged checkpoint; damaged ones are named in a warning."""
+        for step in reversed(self.steps()):
+            folder = self.folder / f"step_{step}"
+            try:
+                return Checkpoint(folder, _read_state(folder))
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                logger.warning("%s is damaged (%s) and is passed over.", folder, error)
+        return None
+
+    def save(self, state: TrainerState, model: nn.Module, optimizer: Optimizer, *, wait: bool = False) -> None:
+        """Take a copy of everything now and write it in the background.
+
+        Raises `RunFolderError` when the checkpoint before this one could not be written.
+        """
+        self.wait()
+        tensors = {
+            MODEL_FILE: _snapshot(model.state_dict()),
+            OPTIMIZER_FILE: _snapshot(optimizer_tensors(optimizer, {p: name for name, p in model.named_parameters()})),
+        }
+        config = model.config.to_json_string() if hasattr(model, "config") else None
+        self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending = self._writer.submit(self._write, dataclasses.replace(state), tensors, config)
+        if wait:
+            self.wait()
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything did; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more. Raises `RunFolderError` when it failed."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except (OSError, RuntimeError) as error:
+            raise RunFolderError(f"Cannot write a checkpoint into {self.folder}: {error}") from error
+
+    def remove_partial(self) -> None:
+        """Remove what a killed process left half-written."""
+        for path in self.folder.glob(".step_*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _write(self, state: TrainerState, tensors: dict[str, dict[str, Tensor]], config: str | None) -> None:
+        folder = self.folder / f"step_{state.step}"
+        with replaced_folder(folder) as partial:
+            for name, values in tensors.items():
+                save_file(values, partial / name, metadata={"format": "pt"})
+            if config is not None:
+                (partial / "config.json").write_text(config, encoding="utf-8")
+            files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
+            content = {"version": 1, **dataclasses.asdict(state), "files": files}
+            (partial / STATE_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        if self.keep_latest > 0:
+            for step in self.steps()[: -self.keep_latest]:
+                if step != state.step:
+                    shutil.rmtree(self.folder / f"step_{step}", ignore_errors=True)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into that takes the name `folder` when it is complete and synced, or never does."""
+    partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        partial.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file that is there completely or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+
+
+def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizer's state by `<moment>:<parameter name>`, which survives a change of its groups."""
+    return {
+        f"{moment}:{names[parameter]}": value
+        for parameter, moments in optimizer.state.items()
+        for moment, value in moments.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`. Moments of parameters that the optimizer does not have are left out."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        moment, _, name = key.partition(":")
+        moments.setdefault(name, {})[moment] = value
+    content = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in content["param_groups"] for index in group["params"]]
+    content["state"] = {
+        index: moments[names[parameter]]
+        for index, parameter in zip(indices, parameters, strict=True)
+        if names[parameter] in moments
+    }
+    optimizer.load_state_dict(content)
+
+
+class RunLock:
+    """Keeps a second run out of a folder. Held until `release`, or until the process ends, however it ends.
+
+    Raises `RunFolderError` when another run holds it for longer than `patience` seconds (one that was just told to stop
+    may still be saving).
+    """
+
+    def __init__(self, folder: str | Path, patience: float = 10.0):
+        self.path = Path(folder) / ".lock"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # A POSIX record lock: children do not inherit it, and network file systems know it.
+        self._file = open(self.path, "a+")  # noqa: SIM115 (open as long as the lock is held)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    self._file.seek(0)
+                    holder = self._file.read().strip() or "another process"
+                    self._file.close()
+                    raise RunFolderError(
+                        f"{folder} is in use by another run ({holder}). Stop it first, or choose another --output-dir."
+                    ) from error
+                time.sleep(0.1)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let the next run in."""
+        self._file.close()
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 (what SLURM sends before a time limit) ask the run to save and stop.
+
+    `agreed` tells every process at the same update, so that they stop together.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.received: str | None = None
+        self._device = device
+        self._pending: tuple[Any, Tensor] | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def agreed(self) -> bool:
+        """Whether to stop now: whether any process had been asked to when this was called the last time.
+
+        One update late, so that no update waits for an answer. Every process must call it once per update.
+        """
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self.received is not None
+        stop = False
+        if self._pending is not None:
+            work, flag = self._pending
+            work.wait()
+            stop = bool(flag.item())
+        flag = torch.full((1,), float(self.received is not None), device=self._device)
+        self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
+        return stop
+
+    def finish(self) -> None:
+        """Leave no question open: processes must not part while one is under way."""
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            # If the others are gone, nothing in this process may ever return: SIGALRM then ends it.
+            signal.alarm(_GRACE_SECONDS)
+
+
+def die_with_parent(number: int) -> None:
+    """Have this process sent a signal when its parent dies (Linux; elsewhere nothing happens)."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), number)
+
+
+def die_with_launcher() -> None:
+    """When `accelerate launch` or `torchrun` dies, its processes get SIGTERM: they save and stop.
+
+    A process that was started by hand goes on without its shell, as always.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        die_with_parent(signal.SIGTERM)
+
+
+def _snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in main memory, independent of what training does next."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def _read_state(folder: Path) -> TrainerState:
+    content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    for name, expected in content.pop("files").items():
+        if _checksum(folder / name) != expected:
+            raise ValueError(f"{name} does not have the checksum it was written with")
+    content.pop("version")
+    return TrainerState(**content)
+
+
+def _checksum(path: Path) -> str:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return f"{checksum:08x}-{path.stat().st_size}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+__all__ = [
+    "Checkpoint",
+    "Checkpoints",
+    "RunFolderError",
+    "RunLock",
+    "StopSignal",
+    "TrainerState",
+    "die_with_launcher",
+    "die_with_parent",
+    "load_optimizer_tensors",
+    "optimizer_tensors",
+    "replaced_folder",
+    "write_text",
+]

@@ -1,0 +1,99 @@
+"""Decoding: what is read comes out as it went in, what cannot be used is named."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import soundfile
+
+from spidr_hf.audio import AudioError, FileWindow, read_audio, read_info, read_window, resample_audio
+
+
+@pytest.fixture
+def waveform() -> np.ndarray:
+    return (0.1 * np.random.default_rng(0).standard_normal(16_000)).astype(np.float32)
+
+
+@pytest.mark.parametrize("suffix", [".flac", ".wav", ".ogg"])
+def test_formats(tmp_path, waveform, suffix):
+    path = tmp_path / f"a{suffix}"
+    soundfile.write(path, waveform, 16_000)
+    assert read_info(path).num_samples == len(waveform)
+    for audio in (read_audio(path), read_audio(str(path)), read_audio(path.read_bytes()), read_audio(path.open("rb"))):
+        assert audio.dtype == np.float32 and audio.shape == waveform.shape
+        if suffix != ".ogg":
+            np.testing.assert_allclose(audio, waveform, atol=2**-15)
+
+
+def test_members_of_a_tar_are_read_in_place(tmp_path, waveform):
+    for name in ("a", "b"):
+        soundfile.write(tmp_path / f"{name}.flac", waveform if name == "b" else waveform[:5000], 16_000)
+    with tarfile.open(tmp_path / "both.tar", "w") as archive:
+        for name in ("a", "b"):
+            archive.add(tmp_path / f"{name}.flac", f"{name}.flac")
+    with tarfile.open(tmp_path / "both.tar") as archive, open(tmp_path / "both.tar", "rb") as file:
+        member = archive.getmember("b.flac")
+        audio = read_window(tmp_path / "both.tar", member.offset_data, member.size)
+        assert read_info(FileWindow(file, member.offset_data, member.size)).num_samples == len(waveform)
+    np.testing.assert_array_equal(audio, read_audio(tmp_path / "b.flac"))
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+def test_resampling(tmp_path, rate):
+    """A tone stays the tone, from any rate and with any number of channels; headers tell the resulting length."""
+    time = np.arange(rate // 2) / rate
+    tone = 0.5 * np.sin(2 * np.pi * 440 * time).astype(np.float32)
+    soundfile.write(tmp_path / "tone.wav", np.stack([tone, tone], axis=1), rate, subtype="FLOAT")
+    audio = read_audio(tmp_path / "tone.wav", resample=True)
+    assert audio.dtype == np.float32
+    assert len(audio) == read_info(tmp_path / "tone.wav", resample=True).num_samples_16k
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(len(audio)) / 16_000)
+    np.testing.assert_allclose(audio[800:-800], expected[800:-800], atol=5e-3)
+    assert len(resample_audio(tone, rate)) == len(audio)
+
+
+def bad_files(folder, waveform):
+    soundfile.write(folder / "8k.wav", waveform, 8_000)
+    soundfile.write(folder / "stereo.wav", np.stack([waveform, waveform], axis=1), 16_000)
+    soundfile.write(folder / "nothing.wav", waveform[:0], 16_000)
+    soundfile.write(folder / "nan.wav", np.where(np.arange(len(waveform)) == 7, np.nan, waveform), 16_000, "FLOAT")
+    soundfile.write(folder / "whole.flac", waveform, 16_000)
+    content = (folder / "whole.flac").read_bytes()
+    (folder / "cut.flac").write_bytes(content[: len(content) // 2])
+    (folder / "empty.flac").write_bytes(b"")
+    (folder / "text.wav").write_text("this is not audio\n" * 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("8k.wav", "8k.wav: has 8000 Hz instead of 16000. Convert it, or ask for resampling"),
+        ("stereo.wav", "stereo.wav: has 2 channels instead of 1. Convert it, or ask for resampling"),
+        ("nothing.wav", "nothing.wav: holds no samples"),
+        ("nan.wav", "nan.wav: has non-finite samples"),
+        ("cut.flac", "cut.flac: c"),  # libsndfile's versions differ in what they say
+        ("empty.flac", "empty.flac: cannot be read as audio"),
+        ("text.wav", "text.wav: cannot be read as audio"),
+        ("missing.wav", "missing.wav: no such file"),
+    ],
+)
+def test_unusable_audio_is_named(tmp_path, waveform, name, message):
+    bad_files(tmp_path, waveform)
+    with pytest.raises(AudioError, match=message):
+        read_audio(tmp_path / name)
+
+
+def test_messages_name_what_bytes_belong_to():
+    with pytest.raises(AudioError, match=r"the\.tar:a\.wav: cannot be read"):
+        read_audio(b"nonsense", name="the.tar:a.wav")
+    with pytest.raises(AudioError, match=r"^audio: cannot be read"):
+        read_audio(io.BytesIO(b"nonsense"))
+
+
+def test_cut_off_archives_are_named(tmp_path, waveform):
+    (tmp_path / "a.tar").write_bytes(b"0" * 100)
+    with pytest.raises(AudioError, match="ends before byte 150"):
+        read_window(tmp_path / "a.tar", 50, 100)
+    with pytest.raises(AudioError, match="does not exist"):
+        read_window(tmp_path / "b.tar", 50, 100, name="b.tar:x.wav")
