@@ -144,7 +144,7 @@ def draw(
 
 def floor(rows: Sequence[Mapping[str, Any]]) -> float:
     """Target perplexity under which the run counts as collapsed."""
-    return LEAST_SHARE * rows[0]["target_ppl"]
+    return LEAST_SHARE * float(np.mean(rows[0]["active_codewords"]))
 
 
 def report(run: Path, rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[int, float]]) -> None:

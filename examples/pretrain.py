@@ -37,6 +37,9 @@ from pathlib import Path
 
 if not __package__:  # run as a command: `conversion` lies beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    # On CPUs, threads that spin while they wait stall each other once any other process wants a core (seen: a step
+    # takes 16 times as long). It counts only before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor
@@ -52,6 +55,7 @@ from spidr_hf import SpidrConfig, SpidrForPretraining
 from spidr_hf.audio import AudioError
 from spidr_hf.batching import BatchingError, Position
 from spidr_hf.data import PretrainingBatches, dropout_seed, make_loader, make_sampler
+from spidr_hf.files import write_text
 from spidr_hf.manifests import ManifestError, open_manifest
 from spidr_hf.pretraining import (
     LossScale,
@@ -79,7 +83,6 @@ from spidr_hf.run_state import (
     StopSignal,
     TrainerState,
     die_with_launcher,
-    write_text,
 )
 from spidr_hf.schedules import learning_rate
 from spidr_hf.spidr_fields import architecture_differences, to_model_section

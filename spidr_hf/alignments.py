@@ -5,6 +5,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from .files import write_text
+
 Phones = Sequence[tuple[str, float, float]]
 
 SILENCE = "SIL"
@@ -166,16 +168,7 @@ def write_items(
             if silent & {before.upper(), phone.upper(), after.upper()} or offset > end_of_features:
                 continue
             lines.append(f"{fileid} {onset:.4f} {offset:.4f} {phone} {before} {after} {speakers[fileid]}\n")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(
-            "#file onset offset #phone prev-phone next-phone speaker\n" + "".join(lines), encoding="utf-8"
-        )
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, "#file onset offset #phone prev-phone next-phone speaker\n" + "".join(lines))
     return len(lines)
 
 

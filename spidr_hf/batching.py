@@ -5,9 +5,10 @@ inside their bucket, and packed into batches in that order, running on from one 
 batches is then shuffled. An update takes `world_size * accumulation` consecutive batches of this one global list, so
 that any number of processes that makes the same updates sees the same ones.
 
-**Size of a batch.** A batch of n utterances counts the samples that it will have when it is formed: n times the
-shortest one where batches are cropped to it, n times the longest one where they are padded; utterances longer than
-`max_sample_size` count as cropped to it. No batch exceeds `max_batch_length`, unless one utterance alone does.
+**Size of a batch.** Where batches are padded, a batch of n utterances counts n times its longest one. Where they are
+cropped to their shortest, it counts the sum of its utterances before that, as SpidR does (after it, a batch has a few
+per cent less). Utterances longer than `max_sample_size` count as cropped to it. No batch exceeds `max_batch_length`,
+unless one utterance alone does.
 
 **The end of an epoch.** When fewer batches are left than an update takes, the largest of them are cut in two until
 there are enough; where they have too few utterances for that, the updates before are drawn in. So each utterance still
@@ -66,7 +67,8 @@ class BucketSampler(Sampler[BatchKey]):
         max_sample_size: longer utterances count as cropped to this.
         padding: batches are padded to their longest utterance, not cropped to their shortest.
         num_buckets: buckets by length.
-        bucket_method: `"uniform"`: buckets of equal width; `"percentile"`: of equally many utterances.
+        bucket_method: `"uniform"`: buckets of equal width, from `min_sample_size` to `max_sample_size`;
+            `"percentile"`: buckets of equally many utterances.
         seed: with the epoch, determines the order.
         drop_last: leave out what is left of an epoch when it does not fill an update.
         rank, world_size: this process, and how many there are.
@@ -111,7 +113,11 @@ class BucketSampler(Sampler[BatchKey]):
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
         self.batches_per_update = world_size * accumulation
         self.position = Position()
-        self._buckets = _buckets(self.lengths, num_buckets, bucket_method)
+        if bucket_method == "uniform":
+            edges = np.linspace(min_sample_size, max_sample_size or self.lengths.max(), num_buckets + 1)
+        else:
+            edges = np.quantile(self.lengths, np.linspace(0, 1, num_buckets + 1))
+        self._buckets = np.searchsorted(edges[1:-1], self.lengths, side="right")
         self._cached: tuple[int, list[np.ndarray]] | None = None
         if drop_last and len(self._epoch(0)) < self.batches_per_update:
             raise BatchingError(
@@ -173,49 +179,30 @@ class BucketSampler(Sampler[BatchKey]):
             self._cached = (epoch, [utterances[bounds[i] : bounds[i + 1]] for i in shuffled])
         return self._cached[1]
 
-    def _spread(self, batches: list[np.ndarray], count: int) -> list[np.ndarray]:
+    @staticmethod
+    def _spread(batches: list[np.ndarray], count: int) -> list[np.ndarray]:
         """`count` batches out of fewer: the largest are cut in two, and where all have one utterance they repeat."""
         heap = [(-len(batch), place, batch) for place, batch in enumerate(batches)]
         heapq.heapify(heap)
         while len(heap) < count and -heap[0][0] > 1:
             _, place, batch = heapq.heappop(heap)
-            for part, where in zip(self._halves(batch), (place, count + len(heap)), strict=True):
-                heapq.heappush(heap, (-len(part), where, part))
+            half = len(batch) // 2
+            heapq.heappush(heap, (half - len(batch), place, batch[half:]))
+            heapq.heappush(heap, (-half, count + len(heap), batch[:half]))
         spread = [batch for _, _, batch in sorted(heap, key=lambda entry: entry[1])]
         return [spread[index % len(spread)] for index in range(count)]
-
-    def _halves(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A batch of at least two utterances cut in two batches of which neither exceeds `max_batch_length`."""
-        lengths = self.lengths[np.searchsorted(self.utterances, batch)]
-        # Cropped to its shortest, the part without the batch's shortest utterance has longer rows: it may take fewer.
-        order = np.roll(np.arange(len(batch)), -int(lengths.argmin()))[::-1]
-        sizes = np.minimum.accumulate(lengths[order]) * np.arange(1, len(batch) + 1)
-        taken = len(batch) // 2
-        if not self.padding:
-            taken = max(1, min(taken, int((sizes <= self.max_batch_length).cumprod().sum())))
-        return batch[order[taken:]], batch[order[:taken]]
-
-
-def _buckets(lengths: np.ndarray, num_buckets: int, method: str) -> np.ndarray:
-    """Bucket of every utterance, in the order of their lengths."""
-    if method == "uniform":
-        edges = np.linspace(lengths.min(), lengths.max(), num_buckets + 1)[1:-1]
-    else:
-        edges = np.quantile(lengths, np.linspace(0, 1, num_buckets + 1)[1:-1])
-    return np.searchsorted(edges, lengths, side="right")
 
 
 def _pack(lengths: np.ndarray, max_batch_length: int, padding: bool) -> np.ndarray:
     """Bounds of the batches when utterances are taken in order: a batch is closed by the first that does not fit."""
     bounds = [0]
-    extreme = max if padding else min
-    count, size = 0, 0
+    count, total, longest = 0, 0, 0
     for index, length in enumerate(lengths.tolist()):
-        together = extreme(size, length) if count else length
-        if count and (count + 1) * together > max_batch_length:
+        size = (count + 1) * max(longest, length) if padding else total + length
+        if count and size > max_batch_length:
             bounds.append(index)
-            count, together = 0, length
-        count, size = count + 1, together
+            count, total, longest = 0, 0, 0
+        count, total, longest = count + 1, total + length, max(longest, length)
     return np.array([*bounds, len(lengths)])
 
 

@@ -13,7 +13,6 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -25,6 +24,7 @@ import pyarrow.json
 from tqdm import tqdm
 
 from .audio import AUDIO_SUFFIXES, AudioError, FileWindow, read_audio, read_info, read_window
+from .files import replaced_file
 
 _SCHEMA = pa.schema(
     {
@@ -158,7 +158,7 @@ class Manifest:
         if path.suffix == ".tsv" and "archive" in self.table.column_names:
             raise ManifestError(f"{path}: fairseq's TSV has no place for byte offsets in a tar. Write .csv or .jsonl.")
         table = self.table if path.suffix == ".tsv" else self._relative_to(path.absolute().parent)
-        with _atomic_text(path) as file:
+        with replaced_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
             writers[path.suffix](file, table)
 
     def save(self, path: str | Path, key: str = "") -> None:
@@ -171,15 +171,13 @@ class Manifest:
             "key": key,
         }
         path = Path(path)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            schema = self.table.schema.with_metadata({"spidr_hf": json.dumps(metadata)})
-            with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-                writer.write_table(self.table.replace_schema_metadata(schema.metadata))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        schema = self.table.schema.with_metadata({"spidr_hf": json.dumps(metadata)})
+        with (
+            replaced_file(path) as partial,
+            pa.OSFile(str(partial), "wb") as file,
+            pa.ipc.new_file(file, schema) as writer,
+        ):
+            writer.write_table(self.table.replace_schema_metadata(schema.metadata))
 
     @classmethod
     def load(cls, path: str | Path, key: str = "") -> "Manifest | None":
@@ -485,19 +483,6 @@ def _write_csv(file: IO[str], table: pa.Table) -> None:
 def _write_jsonl(file: IO[str], table: pa.Table) -> None:
     for row in _rows(table):
         file.write(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n")
-
-
-@contextmanager
-def _atomic_text(path: Path) -> Iterator[IO[str]]:
-    """A text file that appears under its name when it is complete, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 __all__ = [

@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import blended_transform_factory
 
 from .evaluation import Phones
+from .files import replaced_file
 
 FRAME = 0.02  # seconds per unit
 INK, FAINT = "#26303a", "#8a949e"
@@ -274,7 +275,7 @@ def matrix_figure(counts: np.ndarray, phones: Sequence[str], *, least_share: flo
         label.set_color(INK)
     for i, row in enumerate(rows):
         axes.plot(
-            [-0.006],
+            [-0.018],
             [i],
             marker="s",
             ms=6,
@@ -282,7 +283,7 @@ def matrix_figure(counts: np.ndarray, phones: Sequence[str], *, least_share: flo
             transform=axes.get_yaxis_transform(),
             clip_on=False,
         )
-    axes.tick_params(axis="y", length=0, pad=10, labelsize=9)
+    axes.tick_params(axis="y", length=0, pad=16, labelsize=9)
     if len(used) <= 64:
         axes.set_xticks(range(len(used)), [str(unit) for unit in used[order]], rotation=90, fontsize=7, color=INK)
     else:
@@ -317,7 +318,7 @@ def layer_figure(
             axes.plot(layers, values, color=colour, lw=2.2, marker="o", ms=5, label=name.replace("_", " "))
         axes.set_xticks(layers)
         axes.set_ylim(bottom=0)
-        axes.legend(loc="best")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)
         _chart(axes, title, "layer")
     return figure
 
@@ -325,8 +326,8 @@ def layer_figure(
 def utterance_figure(
     waveform: np.ndarray | torch.Tensor,
     phones: Phones,
-    units: Mapping[int, Sequence[int] | np.ndarray],
-    colours: Mapping[int, Mapping[int, Any]] | None = None,
+    units: Mapping[int | None, Sequence[int] | np.ndarray],
+    colours: Mapping[int | None, Mapping[int, Any]] | None = None,
     *,
     title: str = "",
     sampling_rate: int = 16_000,
@@ -337,22 +338,23 @@ def utterance_figure(
     Args:
         waveform: Samples.
         phones: `(phone, start, end)` in seconds; may be empty.
-        units: One unit per 20 ms frame, by layer.
+        units: One unit per 20 ms frame, by layer; None where the layer is not known.
         colours: A colour for every unit of every layer, from `unit_colours`.
         title: A line above.
         sampling_rate: Samples per second.
     """
-    tiers = [None] * bool(len(phones)) + sorted(units)
+    tiers = ["phones"] * bool(len(phones)) + sorted(units)
     duration = len(waveform) / sampling_rate
     figure = Figure(figsize=(16, 3.4 + 0.6 * len(tiers)), layout="constrained")
     axes = figure.subplots(1 + len(tiers), 1, sharex=True, gridspec_kw={"height_ratios": [4.2, *[0.75] * len(tiers)]})
     axes = np.atleast_1d(axes)
     draw_spectrogram(axes[0], waveform, sampling_rate)
     for tier, layer in zip(axes[1:], tiers, strict=True):
-        if layer is None:
+        if layer == "phones":
             draw_phones(tier, phones, 250 / duration)
         else:
-            draw_units(tier, units[layer], (colours or {}).get(layer, {}), f"layer {layer}", 250 / duration)
+            name = "units" if layer is None else f"layer {layer}"
+            draw_units(tier, units[layer], (colours or {}).get(layer, {}), name, 250 / duration)
     for tier in axes[:-1]:
         tier.tick_params(bottom=False, labelbottom=False)
     axes[-1].set_xlabel("seconds", color=INK)
@@ -370,13 +372,8 @@ def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 120) -> None
     formats = sorted(FigureCanvasAgg.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in formats:
         raise ValueError(f"{path}: a picture ends in .png, .pdf or .svg.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
+    with replaced_file(path) as partial:
         figure.savefig(partial, dpi=dpi)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _block(

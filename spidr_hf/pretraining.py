@@ -21,11 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from .codebooks_spidr import SpidrTrainingStatistics
 from .configuration_spidr import SpidrConfig
 from .feature_extraction_spidr import SpidrFeatureExtractor
+from .files import replaced_folder
 from .layers_spidr import receptive_field
 from .model_card import model_card
 from .modeling_spidr import SpidrForPretraining
 from .run_config import FREEZABLE, ConfigError, OptimizerSection, PretrainingConfig
-from .run_state import replaced_folder
 
 _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 # Fewer masked frames than this per codeword and update, and codewords starve at a decay above the one below.

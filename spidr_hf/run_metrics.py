@@ -25,7 +25,7 @@ from .run_config import PretrainingConfig
 from .run_state import TrainerState
 
 # Columns that are means over the steps since the row before.
-_MEANS = ("loss", "layer_losses", "target_ppl", "pred_ppl", "grad_norm")
+_MEANS = ("loss", "layer_losses", "target_ppl", "pred_ppl", "active_codewords", "grad_norm")
 
 
 class MetricsFile:
@@ -154,7 +154,7 @@ class Reporter:
         if self._file is not None:
             self._file.write(row)
         if means:
-            self._accelerator.log(_curves(row | {"active_codewords": means["active_codewords"]}), step=step)
+            self._accelerator.log(_curves(row), step=step)
             self.say(self._watch.look(means["target_ppl"], means["active_codewords"]))
         self._averages.reset()
         self._restart_window()

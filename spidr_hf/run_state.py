@@ -17,9 +17,8 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from .files import replaced_folder
 
 logger = logging.getLogger(__name__)
 
@@ -169,34 +170,6 @@ class Checkpoints:
             for step in self.steps()[: -self.keep_latest]:
                 if step != state.step:
                     shutil.rmtree(self.folder / f"step_{step}", ignore_errors=True)
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into that takes the name `folder` when it is complete and synced, or never does."""
-    partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            _sync(path)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file that is there completely or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.replace(path)
 
 
 def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -346,14 +319,6 @@ def _checksum(path: Path) -> str:
     return f"{checksum:08x}-{path.stat().st_size}"
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 __all__ = [
     "Checkpoint",
     "Checkpoints",
@@ -365,6 +330,4 @@ __all__ = [
     "die_with_parent",
     "load_optimizer_tensors",
     "optimizer_tensors",
-    "replaced_folder",
-    "write_text",
 ]

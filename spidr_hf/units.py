@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
 from .extraction import Extractor, unit_layers, unit_outputs
-from .run_state import write_text
+from .files import replaced_file, write_text
 
 # What the utterance is called in unit files: DiscoPhon's name, fastabx's default, and a common third.
 FILE_KEYS = ("file", "audio", "name")
@@ -112,10 +112,8 @@ def write_units(
         key: What the file id is called in the lines: one of `FILE_KEYS`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     utterances = frames = 0
-    try:
+    with replaced_file(path) as partial:
         with partial.open("w", encoding="utf-8") as file:
             for fileid, sequence in units.items() if isinstance(units, Mapping) else units:
                 values = torch.as_tensor(sequence)
@@ -128,8 +126,6 @@ def write_units(
                 if collapse:
                     row["units"], row["durations"] = deduplicate(values)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
         sidecar = {
             **provenance,
             "deduplicated": collapse,
@@ -140,9 +136,6 @@ def write_units(
         }
         # The sidecar first: at no moment do units lie there without one.
         write_text(provenance_path(path), json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_units(path: str | os.PathLike) -> dict[str, np.ndarray]:

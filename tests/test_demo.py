@@ -12,7 +12,8 @@ demo = runpy.run_path(str(ROOT / "examples" / "demo.py"))
 
 
 def row(step, loss, target_ppl):
-    return {"step": step, "loss": loss, "layer_losses": [loss], "target_ppl": target_ppl, "pred_ppl": 30.0}
+    active = {"active_codewords": [26.0, 30.0]}
+    return {"step": step, "loss": loss, "layer_losses": [loss], "target_ppl": target_ppl, "pred_ppl": 30.0} | active
 
 
 def test_two_utterances_of_each_voice_are_held_out(speech, tmp_path):

@@ -28,8 +28,8 @@ from spidr_hf.spidr_fields import to_model_section
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "pretrain.py"
 ROW = {
-    "step", "epoch", "loss", "layer_losses", "target_ppl", "pred_ppl", "grad_norm", "lr", "ema_decay",
-    "audio_seconds_per_second", "world_size",
+    "step", "epoch", "loss", "layer_losses", "target_ppl", "pred_ppl", "active_codewords", "grad_norm", "lr",
+    "ema_decay", "audio_seconds_per_second", "world_size",
 }  # fmt: skip
 TINY = {
     "run": {"model_type": "spidr", "log_interval": 1, "save_interval": 3, "compile": False, "tracker": "none"},

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from spidr_hf.files import replaced_folder, write_text
 from spidr_hf.run_metrics import Averages, MetricsFile
 from spidr_hf.run_state import (
     Checkpoints,
@@ -22,8 +23,6 @@ from spidr_hf.run_state import (
     StopSignal,
     TrainerState,
     die_with_launcher,
-    replaced_folder,
-    write_text,
 )
 
 
@@ -163,12 +162,12 @@ def test_folders_are_replaced_whole(tmp_path):
 
 def in_another_process(code: str, *arguments: str) -> subprocess.Popen:
     """Python code that imports `spidr_hf.run_state` alone, without the seconds that transformers takes."""
-    source = Path(__file__).parent.parent / "spidr_hf" / "run_state.py"
+    package = Path(__file__).parent.parent / "spidr_hf"
     preamble = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('run_state', {str(source)!r})\n"
-        "run_state = sys.modules['run_state'] = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(run_state)\n"
+        "import sys, types\n"
+        "package = sys.modules['spidr_hf'] = types.ModuleType('spidr_hf')\n"
+        f"package.__path__ = [{str(package)!r}]\n"
+        "from spidr_hf import run_state\n"
     )
     return subprocess.Popen([sys.executable, "-c", preamble + code, *arguments], stdout=subprocess.PIPE, text=True)
 
