@@ -55,8 +55,9 @@ from spidr_hf import SpidrConfig, SpidrForPretraining
 from spidr_hf.audio import AudioError
 from spidr_hf.batching import BatchingError, Position
 from spidr_hf.data import PretrainingBatches, dropout_seed, make_loader, make_sampler
+from spidr_hf.dataset_source import open_data
 from spidr_hf.files import write_text
-from spidr_hf.manifests import ManifestError, open_manifest
+from spidr_hf.manifests import ManifestError
 from spidr_hf.pretraining import (
     LossScale,
     StepResult,
@@ -130,7 +131,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
         if is_main:
             notes += settle_config(output_dir, config, checkpoint)
         data, cache = config.data, output_dir / "data.arrow"
-        source = open_manifest(data.manifest, resample=data.resample, cache=cache, progress=is_main)
+        source = open_data(data.manifest, resample=data.resample, cache=cache, progress=is_main)
         model, origin = make_model(config, checkpoint)
     found = gather_all([checkpoint.state.step if checkpoint else 0])
     if len(set(found)) > 1:

@@ -24,6 +24,7 @@ from .modeling_spidr import (
     SpidrModel,
     SpidrPreTrainedModel,
 )
+from .pipelines import SpeechToUnitsPipeline
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ for _auto_class, _model_class in (
     _auto_class.register(SpidrConfig, _model_class)
 
 __all__ = [
+    "SpeechToUnitsPipeline",
     "SpidrConfig",
     "SpidrFeatureExtractor",
     "SpidrForAudioFrameClassification",

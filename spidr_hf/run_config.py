@@ -91,7 +91,9 @@ class RunSection:
 class DataSection:
     """`[data]`: the audio and how it becomes batches."""
 
-    manifest: str | None = option(None, "manifest (.csv, .jsonl, .tsv), folder of audio files, or uncompressed tar")
+    manifest: str | None = option(
+        None, "manifest (.csv, .jsonl, .tsv), folder of audio files, uncompressed tar, or data set (name:config:split)"
+    )
     enable_padding: bool = option(False, "pad batches to their longest utterance instead of cropping to the shortest")
     rand_crop: bool = option(True, "crop at a random place; otherwise utterances keep their beginning")
     normalize: bool = option(True, "standardise every utterance over its own samples, before cropping")

@@ -1,0 +1,116 @@
+#!/usr/bin/env python
+"""ABX error of features, within and across speakers, in percent (chance: 50).
+
+    python examples/write_items.py ALIGNMENTS triphones.item
+    python examples/extract_features.py MODEL DATA FEATURES --layers 5 6 7
+    python examples/evaluate_abx.py triphones.item FEATURES --json abx.json
+
+FEATURES_DIR is a layer's folder with <#file>.pt (or .npy), frames x dimensions, 50 frames per second; or the folder
+above with one per layer: then every layer is scored. ITEM_FILE has the columns
+#file onset offset #phone prev-phone next-phone speaker (ZeroSpeech's, or those of write_items.py).
+
+Where fastabx is installed (Python >= 3.12) it computes the scores, else this package does, by the same definition:
+dynamic time warping over angles. The two draw other tokens where groups are larger than --max-size-group; with 0 for
+both limits they agree.
+"""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+from spidr_hf.abx import FREQUENCY, abx, read_items
+from spidr_hf.commands import clear_errors, device_of
+from spidr_hf.files import write_text
+from spidr_hf.kmeans import FeatureFiles
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("item", type=Path, metavar="ITEM_FILE")
+    parser.add_argument("features", type=Path, metavar="FEATURES_DIR", help="folder of features, or one with layers")
+    parser.add_argument("--speaker", choices=("within", "across"), nargs="+", default=["within", "across"])
+    parser.add_argument(
+        "--context", choices=("within", "any"), default="within", help="same neighbouring phones, or any"
+    )
+    parser.add_argument("--max-size-group", type=int, default=10, help="tokens per phone, context and speaker; 0: all")
+    parser.add_argument("--max-x-across", type=int, default=5, help="other speakers for X; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("--frequency", type=int, default=FREQUENCY, help="frames per second (default: %(default)s)")
+    parser.add_argument("--backend", choices=("auto", "fastabx", "own"), default="auto")
+    parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores there")
+    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw curves over layers")
+    args = parser.parse_args()
+    with clear_errors():
+        tokens = read_items(args.item, args.frequency)
+        folders = layer_folders(args.features)
+        backend = args.backend
+        if backend == "auto":
+            backend = "fastabx" if importlib.util.find_spec("fastabx") else "own"
+        limits = {"max_size_group": args.max_size_group or None, "max_x_across": args.max_x_across or None}
+        scores: dict[int | None, dict[str, float]] = {}
+        for layer, folder in folders.items():
+            files = FeatureFiles(folder, [token.fileid for token in tokens])
+            for speaker in args.speaker:
+                if backend == "fastabx":
+                    error = by_fastabx(args, folder, files, speaker, limits)
+                else:
+                    error = abx(
+                        tokens,
+                        files,
+                        speaker=speaker,
+                        context=args.context,
+                        seed=args.seed,
+                        device=device_of(args.device),
+                        progress=True,
+                        **limits,
+                    )
+                scores.setdefault(layer, {})[speaker] = 100 * error
+        single = None in scores
+        result = scores[None] if single else {"layers": {str(layer): values for layer, values in scores.items()}}
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_text(args.json, json.dumps(result, indent=2) + "\n")
+        if args.plot:
+            from spidr_hf.plots import layer_figure, save_figure
+
+            if single:
+                raise ValueError("--plot draws curves over layers: give the folder above the layers' folders.")
+            save_figure(layer_figure(scores, titles=("ABX error (%)",)), args.plot)
+        for layer, values in scores.items():
+            name = "" if layer is None else f"layer {layer}: "
+            print(f"{name}ABX error {', '.join(f'{value:.2f} % {speaker}' for speaker, value in values.items())}")
+
+
+def layer_folders(folder: Path) -> dict[int | None, Path]:
+    """The folder itself, under None; or the layers' folders in it, by layer."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of features (`examples/extract_features.py` makes them).")
+    layers = {int(path.name): path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()}
+    return dict(sorted(layers.items())) if layers else {None: folder}
+
+
+def by_fastabx(
+    args: argparse.Namespace, folder: Path, files: FeatureFiles, speaker: str, limits: dict[str, int | None]
+) -> float:
+    """The same by fastabx."""
+    try:
+        from fastabx import zerospeech_abx
+    except ImportError as error:
+        raise ValueError("fastabx is not installed (it needs Python >= 3.12): pip install fastabx.") from error
+    return zerospeech_abx(
+        args.item,
+        folder,
+        speaker=speaker,
+        context=args.context,
+        frequency=args.frequency,
+        feature_maker=files.load,
+        extension=files.suffix,
+        seed=args.seed,
+        **limits,
+    )
+
+
+if __name__ == "__main__":
+    main()

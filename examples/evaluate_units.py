@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+"""How well units and phones agree.
+
+    python examples/evaluate_units.py UNITS_JSONL ALIGNMENTS --json scores.json --plot matrix.png
+
+UNITS_JSONL is what extract_units.py wrote, one unit per 20 ms (deduplicated units need their durations); or its
+OUT_DIR with a folder per layer: then every layer is scored. ALIGNMENTS is one of
+
+    alignments.jsonl    {"id": "<fileid>", "phones": [["SIL", 0.0, 0.23], ["K", 0.23, 0.33], ...]} with seconds, or
+                        {"id": "<fileid>", "phones": ["SIL", "SIL", ...]} with a label every --alignment-step
+    alignments.ctm      <fileid> <channel> <start> <duration> <phone>; gaps count as silence
+    alignments.txt      lines of #file onset offset #phone, as DiscoPhon's
+    a TextGrid, or a folder of them named like the audio; empty labels count as silence
+
+Scores are those of HuBERT's paper over steps of 10 ms: phone_purity, cluster_purity, pnmi (silence counts as a phone),
+pnmi_without_silence; and without phones codebook_perplexity, active_units and bitrate (bits per second; with
+--deduplicate that of units without repeats). Lengths may differ by the two steps that the convolutions drop, no more.
+
+--agreement OTHER_UNITS adds the share of equal units, of student and teacher (extract_units.py --teacher) for example.
+--plot draws the phone-by-unit matrix, or for several layers the scores' curves.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from spidr_hf.commands import clear_errors, known_units, unit_files
+from spidr_hf.evaluation import SILENCES, agreement, all_scores, count_pairs, match_names, read_alignments
+from spidr_hf.files import write_text
+from spidr_hf.units import read_units
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("units", type=Path, metavar="UNITS_JSONL", help="file of units, or folder with one per layer")
+    parser.add_argument("alignments", type=Path, metavar="ALIGNMENTS", help="see above")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores there")
+    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw a picture (.png, .pdf, .svg)")
+    parser.add_argument("--agreement", type=Path, metavar="OTHER_UNITS", help="other units of the same utterances")
+    parser.add_argument("--deduplicate", action="store_true", help="bitrate of units without repeats")
+    parser.add_argument(
+        "--alignment-step", type=float, default=10, metavar="MS", help="milliseconds per step (default: 10)"
+    )
+    parser.add_argument("--tier", help="tier of the TextGrids that holds the phones")
+    parser.add_argument("--silence", nargs="+", default=SILENCES, metavar="PHONE", help="labels of silence")
+    parser.add_argument("--num-units", type=int, help="units there can be (default: as their provenance says)")
+    parser.add_argument("--phones", nargs="+", metavar="PHONE", help="phones there can be; others are an error")
+    args = parser.parse_args()
+    with clear_errors():
+        step = args.alignment_step / 1000
+        alignments = read_alignments(args.alignments, step=step, tier=args.tier)
+        files = unit_files(args.units)
+        others = unit_files(args.agreement) if args.agreement else {}
+        scores, counts, names = {}, None, []
+        for layer, path in files.items():
+            units = read_units(path)
+            try:
+                matches = match_names(units, alignments)
+                phones = {name: alignments[known] for name, known in matches.items()}
+                options = {"step": step, "num_units": args.num_units or known_units(path), "phones": args.phones}
+                scores[layer] = all_scores(units, phones, silences=args.silence, collapse=args.deduplicate, **options)
+                if args.agreement:
+                    if layer not in others:
+                        raise ValueError(f"there is no layer {layer} in {args.agreement}.")
+                    scores[layer]["agreement"] = agreement(units, read_units(others[layer]))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            counts, names = count_pairs(units, phones, **options)
+        single = next(iter(scores)) is None
+        result = scores[None] if single else {"layers": {str(layer): values for layer, values in scores.items()}}
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_text(args.json, json.dumps(result, indent=2) + "\n")
+        if args.plot:
+            from spidr_hf.plots import layer_figure, matrix_figure, save_figure
+
+            figure = matrix_figure(counts, names) if single else layer_figure(scores)
+            save_figure(figure, args.plot)
+        columns = list(next(iter(scores.values())))
+        width = max(map(len, columns))
+        if not single:
+            print(" " * width, *(f"{f'layer {layer}':>9}" for layer in scores))
+        for column in columns:
+            values = (scores[layer][column] for layer in scores)
+            print(f"{column:{width}}", *(f"{v:9d}" if isinstance(v, int) else f"{v:9.4f}" for v in values))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""Features of speech: the representations of a model's layers, one file per utterance and layer.
+
+    python examples/extract_features.py MODEL DATA OUT_DIR --layers 6
+
+    OUT_DIR/6/<fileid>.pt                   float32 tensor, frames (20 ms) x hidden size
+    OUT_DIR/6/features.provenance.json      model, options, version
+    OUT_DIR/skipped.jsonl                   what could not be read, if anything
+
+Layers are counted from 1 and taken before the residual, as in SpidR's papers and benchmarks (--after-residual: the
+layer's full output; the two differ by about 100 %). Layers above the highest asked for are not computed.
+
+--predictions writes what the layers' codebook heads predict, the probability of every codeword, instead.
+
+--layout discophon writes OUT_DIR/<layer>/<language>/<split>/<stem>.pt. fastabx reads the plain layout:
+Dataset.from_item(ITEM, "OUT_DIR/6", frequency=50).
+
+Several GPUs or processes: accelerate launch --multi_gpu --num_processes N examples/extract_features.py ...
+(on CPUs with ACCELERATE_USE_CPU=true before it). Started again after an interruption, the same command goes on.
+
+A recording of more than --window-seconds is computed in overlapping windows, of which --context-seconds beside every
+neighbour are discarded; it is standardised whole.
+"""
+
+import argparse
+
+from spidr_hf import SpidrForAudioTokenization, SpidrModel
+from spidr_hf.commands import (
+    add_extraction_arguments,
+    clear_errors,
+    device_of,
+    layout_of,
+    load_model,
+    options_of,
+    report,
+    start_processes,
+)
+from spidr_hf.dataset_source import open_data
+from spidr_hf.extraction import Extractor, check_layers, feature_outputs, prediction_outputs, unit_layers
+from spidr_hf.extraction_files import FeatureStore, run_extraction
+from spidr_hf.units import describe_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_extraction_arguments(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--after-residual", action="store_true", help="the layers' full outputs")
+    what.add_argument("--predictions", action="store_true", help="probabilities of codewords (frames x codewords)")
+    parser.add_argument("--format", choices=("pt", "npy"), default="pt", help="torch or numpy files (default: pt)")
+    args = parser.parse_args()
+    with clear_errors():
+        layout = layout_of(args)
+        state = start_processes()
+        model, feature_extractor = load_model(
+            SpidrForAudioTokenization if args.predictions else SpidrModel,
+            args.model,
+            revision=args.revision,
+            dtype=args.dtype,
+            device=device_of(args.device),
+        )
+        if args.predictions:
+            layers = unit_layers(model.config, args.layers)
+            outputs, kind = prediction_outputs(model, layers), {"kind": "codebook probabilities"}
+        else:
+            last = model.config.num_hidden_layers
+            layers = check_layers(args.layers or range(1, last + 1), 1, last, "representation")
+            outputs = feature_outputs(model, layers, before_residual=not args.after_residual)
+            kind = {"kind": "features", "before_residual": not args.after_residual}
+        source = open_data(args.data, resample=args.resample, progress=state.is_main_process)
+        extractor = Extractor(
+            model,
+            feature_extractor,
+            outputs,
+            window=args.window_seconds,
+            context=args.context_seconds,
+            max_batch_seconds=args.batch_seconds,
+        )
+        provenance = {**describe_model(model), **kind, **options_of(args)}
+        fileids = [source.fileid(i) for i in range(len(source))]
+        store = FeatureStore(
+            args.out_dir,
+            layers,
+            fileids,
+            provenance,
+            layout=layout,
+            suffix=f".{args.format}",
+            overwrite=args.overwrite,
+        )
+        if summary := run_extraction(source, extractor, store, threads=args.threads):
+            report(summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+#!/usr/bin/env python
+"""A picture of one utterance: spectrogram, phones, and the units of one or several layers.
+
+    python examples/plot_units.py DATA UNITS PICTURE --alignments ALIGNMENTS --file FILEID
+
+DATA and UNITS are those of extract_units.py: its data, and its OUT_DIR or one of its units.jsonl. With alignments,
+units have the colour of the phone that they most often lie on, over all of the file.
+"""
+
+import argparse
+from pathlib import Path
+
+from spidr_hf.commands import clear_errors, unit_files
+from spidr_hf.dataset_source import open_data
+from spidr_hf.evaluation import count_pairs, match_names, read_alignments
+from spidr_hf.plots import save_figure, unit_colours, utterance_figure
+from spidr_hf.units import read_units
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", metavar="DATA", help="manifest, folder of audio files, .tar, or data set")
+    parser.add_argument("units", type=Path, metavar="UNITS", help="file of units, or folder with one per layer")
+    parser.add_argument("picture", type=Path, metavar="PICTURE", help="what to write: .png, .pdf, .svg")
+    parser.add_argument("--file", metavar="FILEID", help="which utterance (default: the first that has units)")
+    parser.add_argument("--alignments", type=Path, help="phones, as for evaluate_units.py")
+    parser.add_argument("--tier", help="tier of the TextGrids that holds the phones")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help="of a folder (default: all)")
+    parser.add_argument("--resample", action="store_true", help="take audio of any rate and number of channels")
+    args = parser.parse_args()
+    with clear_errors():
+        source = open_data(args.data, resample=args.resample)
+        files = unit_files(args.units)
+        if missing := sorted(set(args.layers or ()) - set(files)):
+            raise ValueError(f"There are no units of layer {missing[0]} in {args.units}.")
+        units = {layer: read_units(path) for layer, path in files.items() if not args.layers or layer in args.layers}
+        index, name = find(source, next(iter(units.values())), args.file)
+        phones, colours = [], {}
+        if args.alignments:
+            alignments = read_alignments(args.alignments, tier=args.tier)
+            for layer, sequences in units.items():
+                known = match_names(sequences, alignments)
+                counts, names = count_pairs(sequences, {n: alignments[other] for n, other in known.items()})
+                colours[layer] = unit_colours(counts, names)
+            phones = alignments[known[name]]
+        shown = {layer: sequences[name] for layer, sequences in units.items()}
+        save_figure(utterance_figure(source.read(index), phones, shown, colours, title=name), args.picture)
+        print(args.picture)
+
+
+def find(source, units, wanted: str | None) -> tuple[int, str]:
+    """An utterance that has units: its index in the data, and what its units are called."""
+    for index in range(len(source)):
+        fileid = source.fileid(index)
+        name = fileid if fileid in units else fileid.rsplit("/", 1)[-1]
+        if name in units and wanted in (None, fileid, name):
+            return index, name
+    raise ValueError(f"There is no utterance {wanted or ''} that is in the data and has units.".replace("  ", " "))
+
+
+if __name__ == "__main__":
+    main()

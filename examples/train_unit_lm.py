@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""A language model of units, with transformers' own models, Trainer and tokenizers.
+
+    python examples/train_unit_lm.py train/6/units.jsonl OUT_DIR --valid dev/6/units.jsonl --deduplicate
+
+    OUT_DIR/final           the model and its tokenizer: AutoModelForCausalLM and AutoTokenizer load it
+    OUT_DIR/metrics.json    on the held-out units, in nats per unit: the model, unigrams and bigrams of the training
+                            units; and how often the model prefers a held-out sequence to the same units shuffled
+    OUT_DIR/checkpoints     to go on from after an interruption: start the same command again
+
+Units are text to it ("17 203 5"). --deduplicate collapses repeats (usual for language models). The defaults train a
+Llama of 4.7 M parameters, in minutes on 2 CPU cores for a few hours of speech; on GPUs give more layers, and start it
+with accelerate launch.
+"""
+
+import argparse
+import json
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from spidr_hf.commands import clear_errors, known_units
+from spidr_hf.files import replaced_folder, write_text
+from spidr_hf.unit_lm import (
+    ARCHITECTURES,
+    NGrams,
+    UnitSequences,
+    lm_config,
+    log_probabilities,
+    text_to_units,
+    unit_tokenizer,
+    units_to_text,
+)
+from spidr_hf.units import read_units
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("units", type=Path, metavar="UNITS_JSONL", help="units to train on")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    parser.add_argument("--valid", type=Path, required=True, metavar="UNITS_JSONL", help="held-out units")
+    parser.add_argument("--deduplicate", action="store_true", help="collapse repeats")
+    parser.add_argument("--num-units", type=int, help="units there can be (default: as their provenance says)")
+    group = parser.add_argument_group("model")
+    group.add_argument("--arch", choices=ARCHITECTURES, default="llama", help="default: llama")
+    group.add_argument("--num-layers", type=int, default=4, help="default: %(default)s")
+    group.add_argument("--hidden-size", type=int, default=256, help="default: %(default)s")
+    group.add_argument("--num-heads", type=int, default=4, help="default: %(default)s")
+    group.add_argument("--max-length", type=int, default=1024, help="units of context (default: %(default)s)")
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=int, default=2000, help="default: %(default)s")
+    group.add_argument("--batch-size", type=int, default=16, help="sequences per process (default: %(default)s)")
+    group.add_argument("--lr", type=float, default=1e-3, help="default: %(default)s, falling by a cosine")
+    group.add_argument("--warmup-steps", type=int, default=100, help="default: %(default)s")
+    group.add_argument("--save-steps", type=int, default=500, help="default: %(default)s")
+    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args()
+    with clear_errors():
+        for path in (args.units, args.valid):
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file of units (`examples/extract_units.py` makes one).")
+        train, valid = (list(read_units(path).values()) for path in (args.units, args.valid))
+        if not train or not valid:
+            raise ValueError(f"{args.valid if train else args.units} holds no units.")
+        largest = max(int(units.max()) for units in (*train, *valid))
+        num_units = args.num_units or known_units(args.units) or largest + 1
+        if largest >= num_units:
+            raise ValueError(f"The unit {largest} is among the data, but there are {num_units} units.")
+        tokenizer = unit_tokenizer(num_units, args.max_length)
+        dataset = UnitSequences(train, tokenizer, args.max_length, collapse=args.deduplicate)
+        set_seed(args.seed)
+        config = lm_config(
+            args.arch,
+            tokenizer,
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            num_heads=args.num_heads,
+            max_length=args.max_length,
+        )
+        checkpoints = args.out_dir / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(
+            AutoModelForCausalLM.from_config(config),
+            TrainingArguments(
+                output_dir=str(checkpoints),
+                max_steps=args.steps,
+                per_device_train_batch_size=args.batch_size,
+                learning_rate=args.lr,
+                lr_scheduler_type="cosine",
+                warmup_steps=args.warmup_steps,
+                weight_decay=0.01,
+                adam_beta2=0.98,
+                save_steps=args.save_steps,
+                save_total_limit=2,
+                logging_steps=50,
+                seed=args.seed,
+                data_seed=args.seed,
+                report_to="none",
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=dataset,
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        )
+        trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints))
+        if trainer.is_world_process_zero():
+            finish(args, trainer.accelerator.unwrap_model(trainer.model), tokenizer, train, valid, num_units)
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is complete: its state is written last."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+def finish(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[np.ndarray],
+    valid: list[np.ndarray],
+    num_units: int,
+) -> None:
+    """Measures the model on the held-out units and saves it."""
+    metrics = measure(model, tokenizer, train, valid, num_units, collapse=args.deduplicate, seed=args.seed)
+    description = {
+        "units": str(args.units.resolve()),
+        "deduplicated": args.deduplicate,
+        "num_units": num_units,
+        "steps": args.steps,
+        "seed": args.seed,
+        "spidr_hf": version("spidr_hf"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with replaced_folder(args.out_dir / "final") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_text(Path(folder) / "unit_lm.json", json.dumps(description, indent=2) + "\n")
+    write_text(args.out_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    print(
+        f"Held-out units, nats per unit: model {metrics['model']:.3f}, bigrams {metrics['bigram']:.3f}, unigrams "
+        f"{metrics['unigram']:.3f}. Prefers the real sequence to a shuffled one in "
+        f"{100 * metrics['real_over_shuffled']:.1f} %.\n{args.out_dir / 'final'}"
+    )
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[np.ndarray],
+    valid: list[np.ndarray],
+    num_units: int,
+    *,
+    collapse: bool,
+    seed: int,
+) -> dict[str, float]:
+    """Nats per held-out unit by the model and by n-grams, and how often real sequences are preferred to shuffled."""
+    texts = [units_to_text(units, collapse=collapse) for units in valid]
+    rng = np.random.default_rng(seed)
+    shuffled = [" ".join(rng.permutation(text.split())) for text in texts]
+    values = log_probabilities(model, tokenizer, texts, with_end=True)
+    ngrams = NGrams.count((text_to_units(units_to_text(units, collapse=collapse)) for units in train), num_units)
+    unigram, bigram = ngrams.score(map(text_to_units, texts))
+    mixed = log_probabilities(model, tokenizer, shuffled, with_end=True)
+    return {
+        "model": -float(sum(v.sum() for v in values)) / sum(len(v) for v in values),
+        "bigram": float(bigram),
+        "unigram": float(unigram),
+        "real_over_shuffled": float(np.mean([float(a.mean() > b.mean()) for a, b in zip(values, mixed, strict=True)])),
+        "sequences": len(texts),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Runs the commands of `examples/` in this process, which spares every test the seconds of a new one."""
+
+import importlib.util
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from unittest.mock import patch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@dataclass
+class Finished:
+    """How a command ended: exit status and what it printed; an error message given to `sys.exit` is in `err`."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_command(name: str, *arguments: object) -> Finished:
+    """Run `examples/NAME.py ARGUMENTS`."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    out, err, status = StringIO(), StringIO(), 0
+    with patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            spec.loader.exec_module(module)
+            module.main()
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=err)
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return Finished(status, out.getvalue(), err.getvalue())
+
+
+def fails(finished: Finished, *words: str) -> None:
+    """Asserts a non-zero exit with one line of error that holds the words."""
+    assert finished.status != 0
+    line = finished.err.strip().splitlines()[-1]
+    assert line.startswith("error: ") or ": error: " in line, finished.err
+    for word in words:
+        assert word in line, line
+    assert "Traceback" not in finished.err
