@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before torch and transformers are imported, here and in the processes that tests start.
@@ -20,6 +21,7 @@ os.environ |= {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -46,3 +48,12 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def speech() -> Path:
     """The folder with `small.tar`, `manifest.csv` and `alignments.jsonl`: real speech for tests."""
     return ROOT / "examples" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _quietness_stays_in_its_test() -> Iterator[None]:
+    """Commands that run inside a test silence transformers; the tests after it may look at its messages."""
+    verbosity = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()

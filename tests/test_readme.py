@@ -146,3 +146,4 @@ def test_the_whole_walk(copy, environment):
     assert exported.keys() == original.keys()
     assert all(torch.equal(exported[name], original[name]) for name in original)
     assert (copy / "runs" / "mine" / "final" / "config.json").exists()
+    assert (copy / "units" / "6" / "units.jsonl").exists() and (copy / "features" / "6").is_dir()
