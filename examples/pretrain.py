@@ -28,6 +28,7 @@ checkpoints/step_N/, skipped.jsonl (audio that cannot be used) and, at the end, 
 """
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -248,6 +249,10 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
             reporter.say(f"{stop.received}: saved step {state.step}. The same command continues from there.")
         lock.release()
     accelerator.wait_for_everyone()
+    # DDP must not be the last to let go of the process group: it would wait, Python's lock in hand, for a thread of the
+    # group that wants this lock.
+    distributed = None
+    gc.collect()
     accelerator.end_training()
 
 
