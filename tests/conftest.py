@@ -4,7 +4,6 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 # Set before torch and transformers are imported, here and in the processes that tests start.
@@ -51,9 +50,7 @@ def speech() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _quietness_stays_in_its_test() -> Iterator[None]:
-    """Commands that run inside a test silence transformers; the tests after it may look at its messages."""
-    verbosity = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(verbosity)
+def _transformers_speaks() -> None:
+    """Commands that run inside a test, or in a fixture, silence transformers; every test may look at its messages."""
+    transformers_logging.set_verbosity_warning()
     transformers_logging.enable_progress_bar()
