@@ -151,6 +151,10 @@ class SpidrSuite(modeling_common.ModelTesterMixin):
                 inputs["mask_time_indices"] = torch.arange(frames).expand(batch, -1) % 2 == 0
         return inputs
 
+    @unittest.skip("reads transformers' log, which commands run in the same process may have silenced")
+    def test_can_load_ignoring_mismatched_shapes(self):
+        pass
+
     @unittest.skip("the input is a waveform: there is no table of embeddings")
     def test_model_get_set_embeddings(self):
         pass
