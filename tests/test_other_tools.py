@@ -1,4 +1,4 @@
-"""Units and features in the hands of the tools they are for: fastabx and DiscoPhon, which need Python 3.12.
+"""Units and features in the hands of the tools they are for: fastabx and DiscoPhon, which need Python >= 3.12.
 
 FASTABX_PYTHON names a Python that has them (`pip install fastabx discophon`); this one is tried without it.
 """
@@ -36,8 +36,9 @@ def files(tmp_path_factory, speech):
     tiny_model().save_pretrained(folder / "model")
     SpidrFeatureExtractor().save_pretrained(folder / "model")
     manifest = read_manifest(speech / "manifest.csv")
-    Manifest(manifest.table.slice(0, 12), manifest.root).write(folder / "few.csv")
-    wanted = [manifest.fileid(i) for i in range(12)]
+    chosen = list(range(0, 60, 5))  # of all voices
+    Manifest(manifest.table.take(chosen), manifest.root).write(folder / "few.csv")
+    wanted = [manifest.fileid(i) for i in chosen]
     lines = (speech / "alignments.jsonl").read_text().splitlines()
     (folder / "few.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["id"] in wanted))
     assert run_command("write_items", folder / "few.jsonl", folder / "few.item").status == 0
@@ -62,6 +63,36 @@ def test_fastabx_reads_units_and_features(files):
     units, features, shape, score = run(script, files / "few.item", files / "f/4/units.jsonl", files / "f/4")
     items = len((files / "few.item").read_text().splitlines()) - 1
     assert units == features == items and shape[1] == 48 and 0 < score < 1
+
+
+def test_fastabx_agrees_on_abx(files, tmp_path):
+    script = """if True:
+        import json, sys
+        import torch
+        from fastabx import zerospeech_abx
+        item, features = sys.argv[1:]
+        options = dict(
+            max_size_group=None, max_x_across=None, context="any", frequency=50, feature_maker=torch.load, seed=0
+        )
+        found = {s: 100 * zerospeech_abx(item, features, speaker=s, **options) for s in ("within", "across")}
+        print(json.dumps(found))
+    """
+    theirs = run(script, files / "few.item", files / "f/4")
+    everything = (
+        "--context",
+        "any",
+        "--max-size-group",
+        0,
+        "--max-x-across",
+        0,
+        "--backend",
+        "own",
+        "--json",
+        tmp_path / "abx.json",
+    )
+    done = run_command("evaluate_abx", files / "few.item", files / "f/4", *everything)
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "abx.json").read_text()) == pytest.approx(theirs, abs=1e-3)
 
 
 def test_discophon_reads_units_and_agrees_on_pnmi(files, tmp_path):
