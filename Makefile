@@ -3,9 +3,9 @@
 #   make demo         pretrains a small SpidR on examples/data and draws runs/demo/demo.png (ARGS=--fresh: from anew)
 #   make test         the tests (ARGS="-k padding" goes to pytest)
 #   make test-all     the long ones too
-#   make lint         ruff; changes nothing
-#   make benchmark    speed and memory of a training step and of inference (ARGS="--size base": spidr-base)
-#   make setup        the virtual environment .venv alone; all of the above make it first
+#   make lint         ruff and mypy; changes nothing
+#   make benchmark    speed and memory beside the peers that are installed (ARGS="--targets": what is promised)
+#   make setup        the virtual environment .venv alone; all of the above make it first (tests add their tools to it)
 #
 # PYTHON=python3.12   the interpreter of a new .venv; else the newest of python3.14 ... python3.11, python3
 # TORCH="..."         what to tell pip about torch, when its default is not the build for this machine: for example
@@ -14,6 +14,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
 TESTED_TORCH := $(shell grep '^torch==' constraints.txt)
 CURRENT_TORCH := $(or $(shell cat $(VENV)/.torch 2>/dev/null),$(TESTED_TORCH))
 TORCH ?= $(CURRENT_TORCH)
@@ -31,17 +32,18 @@ help:
 demo: $(STAMP)
 	$(PY) examples/demo.py $(ARGS)
 
-test: $(STAMP)
+test: $(TOOLS)
 	@$(PY) tests/fetch_transformers_tests.py
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(STAMP)
+test-all: $(TOOLS)
 	@$(PY) tests/fetch_transformers_tests.py
 	$(PYTEST) $(ARGS)
 
-lint: $(STAMP)
+lint: $(TOOLS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 benchmark: $(STAMP)
 	$(PY) examples/benchmark.py $(ARGS)
@@ -72,6 +74,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	$(PY) -m pip install -c $(VENV)/constraints.txt $(TORCH)
 	@$(PY) -c "from importlib.metadata import version; print('torch==' + version('torch'))" >> $(VENV)/constraints.txt
-	$(PY) -m pip install -c $(VENV)/constraints.txt -e ".[dev]"
+	$(PY) -m pip install -c $(VENV)/constraints.txt -e ".[train,eval]"
 	@if [ '$(TORCH)' = '$(TESTED_TORCH)' ]; then rm -f $(VENV)/.torch; else echo '$(TORCH)' > $(VENV)/.torch; fi
+	@touch $@
+
+$(TOOLS): $(STAMP)
+	$(PY) -m pip install -c $(VENV)/constraints.txt -e ".[dev]"
 	@touch $@

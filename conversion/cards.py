@@ -5,9 +5,10 @@ from typing import Any
 
 import jinja2
 
-from conversion.sources import CARDS
 from spidr_hf import SpidrConfig
 from spidr_hf.layers_spidr import receptive_field
+
+from .sources import CARDS
 
 _SAMPLING_RATE = 16_000
 _OBJECTIVES = {"spidr": "SpidR", "dinosr": "DinoSR"}

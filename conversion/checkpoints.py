@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.errors import ConversionError
-from conversion.fairseq_format import convert_fairseq, is_fairseq
-from conversion.safe_pickle import read_checkpoint
-from conversion.spidr_format import Converted, convert_spidr, spidr_state_dict
+from .errors import ConversionError
+from .fairseq_format import convert_fairseq, is_fairseq
+from .safe_pickle import read_checkpoint
+from .spidr_format import Converted, convert_spidr, spidr_state_dict
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:

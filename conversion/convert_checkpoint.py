@@ -19,16 +19,17 @@ from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "conversion"  # what relative imports start from (PEP 366)
 
 import huggingface_hub
 from transformers.utils import logging
 
-from conversion.cards import write_card
-from conversion.checkpoints import read_config, read_pretraining_checkpoint
-from conversion.errors import ConversionError
-from conversion.model_folder import check_free, save_model, whole_folder
-from conversion.sources import MIRROR_VARIABLE, Source, find_source, published
-from conversion.verify import TOLERANCE, compare_with_spidr, require_spidr
+from .cards import write_card
+from .checkpoints import read_config, read_pretraining_checkpoint
+from .errors import ConversionError
+from .model_folder import check_free, save_model, whole_folder
+from .sources import MIRROR_VARIABLE, Source, find_source, published
+from .verify import TOLERANCE, compare_with_spidr, require_spidr
 
 
 def convert(

@@ -16,13 +16,14 @@ from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "conversion"  # what relative imports start from (PEP 366)
 
 import torch
 
-from conversion.errors import ConversionError, TensorMismatchError
-from conversion.model_folder import load_folder
-from conversion.spidr_format import config_to_spidr, to_spidr
-from conversion.tensors import check_tensors, expected_tensors
+from .errors import ConversionError, TensorMismatchError
+from .model_folder import load_folder
+from .spidr_format import config_to_spidr, to_spidr
+from .tensors import check_tensors, expected_tensors
 
 
 def export(folder: str | os.PathLike, output: str | os.PathLike) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conversion.errors import ConversionError
-from conversion.safe_pickle import plain
-from conversion.spidr_format import Converted, from_spidr, in_words_of_the_file, model_section, to_spidr
-from conversion.tensors import Shape, as_stored, check_tensors, expected_tensors
 from spidr_hf import SpidrConfig
+
+from .errors import ConversionError
+from .safe_pickle import plain
+from .spidr_format import Converted, from_spidr, in_words_of_the_file, model_section, to_spidr
+from .tensors import Shape, as_stored, check_tensors, expected_tensors
 
 # Field of fairseq's configuration -> field of SpidrConfig.
 _FIELDS = {

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conversion.errors import ConversionError
-from conversion.spidr_format import Converted
-from conversion.tensors import same_bits
 from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining
+
+from .errors import ConversionError
+from .spidr_format import Converted
+from .tensors import same_bits
 
 
 @contextmanager

@@ -18,13 +18,13 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from conversion.errors import ConversionError, UnsafeCheckpointError
+from .errors import ConversionError, UnsafeCheckpointError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _STORAGES = {
@@ -215,7 +215,9 @@ _CALLABLES: dict[str, Callable[..., Any]] = {
 class _Unpickler(pickle._Unpickler):
     """Python's unpickler with every opcode that could reach code replaced."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+    append: Callable[[Any], None]
 
     def __init__(self, file: BinaryIO, load_storage: Callable[[Any], _Storage] | None = None):
         super().__init__(file, encoding="utf-8", errors="surrogateescape")

@@ -25,8 +25,8 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from conversion.checkpoints import read_config
-from conversion.errors import ConversionError
+from .checkpoints import read_config
+from .errors import ConversionError
 
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"
 MIRROR_VARIABLE = "SPIDR_HF_MIRROR"

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conversion.errors import ConversionError
-from conversion.tensors import as_stored, check_tensors, expected_tensors
 from spidr_hf import SpidrConfig
 from spidr_hf.spidr_fields import SPIDR_FIELDS, to_model_section, to_spidr_config
+
+from .errors import ConversionError
+from .tensors import as_stored, check_tensors, expected_tensors
 
 # Prefix (or whole name) in a SpidR file <-> in ours.
 _PREFIXES = (
@@ -56,7 +57,7 @@ def objective_of(raw: Mapping[str, Any] | None, objective: str | None = None) ->
     raw = raw or {}
     if is_transformers_config(raw):
         raw = {"model_type": raw.get("objective")}
-    run = raw.get("run") if isinstance(raw.get("run"), Mapping) else {}
+    run: Mapping[str, Any] = raw["run"] if isinstance(raw.get("run"), Mapping) else {}
     said = {"run.model_type": run.get("model_type"), "model_type": raw.get("model_type"), "--objective": objective}
     said["the field ema_timescale"] = "spidr" if "ema_timescale" in model_section(raw) else None
     said = {where: value for where, value in said.items() if value is not None}
@@ -185,7 +186,9 @@ def evident_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         if count("feature_extractor.conv_layers.", ".layer_norm.weight") < len(blocks)
         else "layer_norm",
         "extractor_conv_bias": "feature_extractor.conv_layers.0.conv.bias" in tensors,
-        "channels and kernels in extractor_conv_layer_config": [[conv.shape[0], conv.shape[-1]] for conv in convs]
+        "channels and kernels in extractor_conv_layer_config": [
+            [conv.shape[0], conv.shape[-1]] for conv in convs if conv is not None
+        ]
         if all(conv is not None and conv.dim() == 3 for conv in convs)
         else None,
         "encoder_embed_dim": hidden_size,
@@ -233,7 +236,7 @@ def convert_spidr(
         )
     if is_transformers_config(raw_config or {}):
         with in_words_of_the_file({}):
-            config = SpidrConfig.from_dict({**raw_config, "objective": known_objective})
+            config = SpidrConfig.from_dict({**(raw_config or {}), "objective": known_objective})
     else:
         config = config_from_spidr(model_section(raw_config or {}), known_objective)
     differences = contradictions(tensors, config)

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from conversion.errors import ConversionError, TensorMismatchError
 from spidr_hf import SpidrConfig, SpidrForPretraining
+
+from .errors import ConversionError, TensorMismatchError
 
 Shape = tuple[int, ...]
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from conversion.errors import ConversionError
-from conversion.spidr_format import config_to_spidr, to_spidr
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
+
+from .errors import ConversionError
+from .spidr_format import config_to_spidr, to_spidr
 
 TOLERANCE = 1e-3
 _SECONDS = (1.0, 3.7)

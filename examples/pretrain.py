@@ -15,16 +15,25 @@ On two nodes with 8 GPUs each, the same command on both (RANK 0 and 1, IP of the
     accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK \\
         --main_process_ip IP --main_process_port 29500 examples/pretrain.py --config ... --output-dir ...
 
+examples/accelerate/ has all of this as files for --config_file, examples/slurm/ as SLURM jobs.
+
 Several processes on CPUs (accelerate's --cpu starts one only):
 
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/pretrain.py ...
 
+With the model in shards, one per process (FSDP2), instead of whole on each:
+
+    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8 examples/pretrain.py ...
+
+Before that, with --dry-run: the config, the data and the folder are checked, the plan is printed (updates, memory, time
+on this machine, disk), and nothing is written.
+
 Any field of the config can be set on the command line, as in `--optimizer.max_steps 1000`. Started again, the same
 command continues from the newest complete checkpoint, at the very next batch. SIGTERM and SIGUSR1 save and stop.
 
-The run's folder gets config.toml (everything resolved), data.arrow (which utterances there are), metrics.jsonl,
-checkpoints/step_N/, skipped.jsonl (audio that cannot be used) and, at the end, final/: a model folder for
-`from_pretrained` and the Hub.
+The run's folder gets config.toml (everything resolved), data.arrow (which utterances there are), metrics.jsonl and
+its picture curves.png, checkpoints/step_N/, skipped.jsonl (audio that cannot be used) and, at the end, final/: a model
+folder for `from_pretrained` and the Hub.
 """
 
 import argparse
@@ -33,7 +42,6 @@ import logging
 import os
 import sys
 import tomllib
-from contextlib import nullcontext
 from pathlib import Path
 
 if not __package__:  # run as a command: `conversion` lies beside this folder
@@ -53,15 +61,18 @@ from conversion.sources import find_source
 from conversion.spidr_format import objective_of
 from conversion.tensors import check_tensors
 from spidr_hf import SpidrConfig, SpidrForPretraining
+from spidr_hf.allocation import keep_freed_memory
 from spidr_hf.audio import AudioError
-from spidr_hf.batching import BatchingError, Position
-from spidr_hf.data import PretrainingBatches, dropout_seed, make_loader, make_sampler
-from spidr_hf.dataset_source import open_data
+from spidr_hf.batching import BatchingError
+from spidr_hf.data import dropout_seed
+from spidr_hf.feeds import make_feed, open_source
 from spidr_hf.files import write_text
+from spidr_hf.hub_push import HubPush
+from spidr_hf.kernels_spidr import use_kernels
 from spidr_hf.manifests import ManifestError
+from spidr_hf.planning import dry_run
 from spidr_hf.pretraining import (
     LossScale,
-    StepResult,
     autocast,
     compile_layers,
     distribute,
@@ -69,12 +80,15 @@ from spidr_hf.pretraining import (
     exclude_parameters,
     gather_all,
     initial_model,
+    keep_compiled,
     make_accelerator,
     make_optimizer,
     save_final,
     scale_and_clip,
     small_batch_note,
+    whole_model,
 )
+from spidr_hf.profiling import StepProfiler
 from spidr_hf.run_config import ConfigError, PretrainingConfig, describe_fields, differences, load_config, make_config
 from spidr_hf.run_metrics import Reporter
 from spidr_hf.run_state import (
@@ -84,10 +98,16 @@ from spidr_hf.run_state import (
     RunLock,
     StopSignal,
     TrainerState,
+    contact_lost,
     die_with_launcher,
+    kill_workers_at_exit,
 )
 from spidr_hf.schedules import learning_rate
+from spidr_hf.sharding import gradient_sync, shard, sharding_plugin
 from spidr_hf.spidr_fields import architecture_differences, to_model_section
+from spidr_hf.transfers import BatchMover
+from spidr_hf.updates import Updates
+from spidr_hf.validation_run import start_validation
 
 USER_ERRORS = (AudioError, BatchingError, ConfigError, ConversionError, ManifestError, RunFolderError, OSError)
 
@@ -101,15 +121,26 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML or JSON, SpidR's own included")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     args, overrides = parser.parse_known_args()
     die_with_launcher()
+    kill_workers_at_exit()
+    keep_freed_memory()
     logging.basicConfig(format="%(message)s")
     transformers_logging.disable_progress_bar()
     try:
-        pretrain(load_config(args.config, overrides), args.output_dir)
+        config = load_config(args.config, overrides)
+        if args.dry_run:
+            dry_run(config, args.output_dir, make_model, config_changes)
+        else:
+            pretrain(config, args.output_dir)
     except USER_ERRORS as error:
         # One line from one process; the launcher takes the others down.
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    except RuntimeError as error:
+        if (message := contact_lost(error)) is None:
+            raise
+        sys.exit(f"error: {message}")
 
 
 def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
@@ -123,7 +154,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
         torch.use_deterministic_algorithms(True)
 
     # ---- the folder, the audio, the checkpoint: the first process takes them, the others then find them there
-    checkpoints = Checkpoints(output_dir / "checkpoints", config.run.keep_latest)
+    checkpoints = Checkpoints(output_dir / "checkpoints", config.run.keep_latest, writes=is_main)
     with accelerator.main_process_first():
         if is_main:
             lock = RunLock(output_dir)
@@ -131,8 +162,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
         checkpoint = checkpoints.newest()
         if is_main:
             notes += settle_config(output_dir, config, checkpoint)
-        data, cache = config.data, output_dir / "data.arrow"
-        source = open_data(data.manifest, resample=data.resample, cache=cache, progress=is_main)
+        source = open_source(config.data, cache=output_dir / "data.arrow", progress=is_main)
         model, origin = make_model(config, checkpoint)
     found = gather_all([checkpoint.state.step if checkpoint else 0])
     if len(set(found)) > 1:
@@ -144,71 +174,66 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
     exclude_parameters(model, config)
     if state.step >= model.config.freeze_step:
         model.freeze_feature_encoder()
+    use_kernels(config.run.kernels)
+    if config.run.compile and device.type == "cuda":
+        keep_compiled(output_dir / "compiled")
+        compile_layers(model)
+    elif config.run.compile:
+        notes.append("`run.compile` has no effect on this device.")
+    if sharding := sharding_plugin(accelerator):
+        shard(model, sharding)
+        notes.append(f"The model lies in shards on {world_size} processes (FSDP2).")
     optimizer = make_optimizer(model, config.optimizer)
     if checkpoint:
         checkpoint.load_optimizer(optimizer, {parameter: name for name, parameter in model.named_parameters()})
         notes += resume_notes(state, source.fingerprint, world_size, accumulation)
         state.data = source.fingerprint
-    if config.run.compile and device.type == "cuda":
-        compile_layers(model)
-    elif config.run.compile:
-        notes.append("`run.compile` has no effect on this device.")
     distributed = distribute(model, accelerator)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     # ---- batches, and what is reported
     layout = {"rank": accelerator.process_index, "world_size": world_size, "accumulation": accumulation}
-    sampler = make_sampler(source, data, model.config, **layout)
-    sampler.position = Position(state.epoch, state.batch)
-    dataset = PretrainingBatches(source, data, config.masking, model.config, config.run.random_seed)
-    loader = make_loader(dataset, sampler, data, pin_memory=device.type == "cuda")
-    notes += [origin, f"{sampler}; {world_size} process{'es' * (world_size > 1)} on {device.type}"]
+    feed = make_feed(source, config, model.config, state, pin_memory=device.type == "cuda", **layout)
+    notes += [origin, *feed.notes, f"{feed}; {world_size} process{'es' * (world_size > 1)} on {device.type}"]
     reporter = Reporter(output_dir, config, accelerator, state, notes)
-    reporter.skipped.add(source.skipped, len(source) + len(source.skipped))
+    reporter.skipped.add(*feed.scanned)
     loss_scale = LossScale(config.optimizer.dtype == "float16", state.loss_scale)
-    precision = autocast(config, device)
+    precision, move = autocast(config, device), BatchMover(device)
+    updates = Updates(model, optimizer, state, loss_scale, reporter, config.run.max_nonfinite_steps)
     stop = StopSignal(device)
-    batches = iter(loader) if state.step < max_steps else None
+    profiler = StepProfiler(output_dir, config.run.profile_steps if is_main else None)
+    if is_main and config.run.push_to_hub:
+        hub = HubPush(config.run.push_to_hub, config, output_dir)
+        checkpoints.on_written = hub.checkpoint
+    validation = start_validation(config, output_dir, accelerator, state.step)
+    batches = iter(feed) if state.step < max_steps else None
 
+    if validation is not None:
+        reporter.pause(validation(state.step, model, reporter.say))
     for step in range(state.step + 1, max_steps + 1):
+        profiler.before(step)
         lr = learning_rate(config.optimizer, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
+        turns = []
         for turn in range(accumulation):
             batch = next(batches)
-            reporter.batch(batch)
+            turns.append(batch)
             if batch.failure:
                 raise AudioError(batch.failure)
             # Named after the batch, the random numbers of dropout need not be saved and belong to no process.
             torch.manual_seed(dropout_seed(config.run.random_seed, batch.key))
-            shares_gradients = world_size > 1 and turn == accumulation - 1
-            with nullcontext() if shares_gradients or world_size == 1 else distributed.no_sync():
+            with gradient_sync(distributed, turn == accumulation - 1):
                 with precision:
-                    output = distributed(**batch.to(device).inputs)
+                    output = distributed(**move(batch).inputs)
                 # A sum over frames: how many there are, only the whole update knows.
                 (output.loss * output.num_masked_frames * loss_scale.value).backward()
 
         statistics = model.reduce_statistics()
         gradient_scale = world_size / (statistics.num_masked_frames * loss_scale.value)
         grad_norm = scale_and_clip(parameters, gradient_scale, config.optimizer.max_norm)
-        # The same numbers on every process, so that all of them make the update or all skip it.
-        result = StepResult.fetch(statistics, grad_norm)
-        if result.finite:
-            optimizer.step()
-            decay = model.update_teacher(step)
-            state.nonfinite_in_a_row = 0
-        else:
-            model.discard_statistics()
-            decay = model.teacher_decay(step)
-            state.skipped_steps += 1
-            state.nonfinite_in_a_row += not loss_scale.explains_overflow
-            reporter.say(
-                f"Step {step}: loss {result.loss}, gradient norm {result.grad_norm}. The update is skipped "
-                f"({state.skipped_steps} so far)."
-            )
-        loss_scale.update(result.finite)
-        optimizer.zero_grad()
+        updates.make(step, turns, lr, statistics, grad_norm)
         if step == model.config.freeze_step:
             model.freeze_feature_encoder()
             drop_frozen(optimizer)
@@ -217,33 +242,30 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
             distributed = distribute(model, accelerator)
 
         state.step, (state.epoch, state.batch) = step, batch.key.following
-        reporter.update(step, batch.key.epoch, result if result.finite else None, lr, decay)
-        if state.nonfinite_in_a_row >= config.run.max_nonfinite_steps:
-            raise RunFolderError(
-                f"{state.nonfinite_in_a_row} updates in a row had a non-finite loss or gradient, the last at step "
-                f"{step} (loss {result.loss}, gradient norm {result.grad_norm}). Go on from the checkpoint before with "
-                "a lower optimizer.lr or with optimizer.dtype float32."
-            )
+        if validation is not None:
+            reporter.pause(validation(step, model, reporter.say, stop.agreed))
         stopping = stop.agreed() and step < max_steps
         if step % config.run.save_interval == 0 or step == max_steps or stopping:
+            updates.settle()
             reporter.save_into(state)
+            state.stream = feed.state()
             state.loss_scale, state.world_size, state.accumulation = loss_scale.state(), world_size, accumulation
-            if is_main:
-                checkpoints.save(state, model, optimizer)
-        if is_main:
-            checkpoints.check()
+            checkpoints.save(state, model, optimizer)
+        checkpoints.check()
         if stopping:
             break
 
     # ---- the end
     stop.finish()
+    profiler.finish()
     reporter.close()
     del batches
+    trained = whole_model(model, keep=is_main) if state.step >= max_steps else None
     if is_main:
         checkpoints.wait()
-        if state.step >= max_steps:
-            summary = f"Pretrained for {state.step} updates on {sampler.hours:.1f} h of audio."
-            save_final(model, output_dir / "final", config, summary)
+        if trained is not None:
+            summary = f"Pretrained for {state.step} updates on {feed.amount}."
+            save_final(trained, output_dir / "final", config, summary)
             reporter.say(f"Done: {output_dir / 'final'}")
         else:
             reporter.say(f"{stop.received}: saved step {state.step}. The same command continues from there.")
@@ -254,6 +276,9 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
     distributed = None
     gc.collect()
     accelerator.end_training()
+    # The other processes need not wait for a network.
+    if is_main and config.run.push_to_hub and trained is not None and hub.final(output_dir / "final"):
+        reporter.say(f"Pushed to https://huggingface.co/{hub.repo}")
 
 
 def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tuple[SpidrForPretraining, str]:
@@ -293,20 +318,27 @@ def read_original(start: str, config: PretrainingConfig) -> tuple[SpidrConfig, d
 
 def settle_config(output_dir: Path, config: PretrainingConfig, checkpoint: Checkpoint | None) -> list[str]:
     """Write config.toml; when resuming, say what is not as it was, and refuse another model."""
-    path, notes = output_dir / "config.toml", []
-    if checkpoint is not None and path.exists():
-        before = make_config(tomllib.loads(path.read_text(encoding="utf-8"))).to_dict()
-        changed = differences(before, config.to_dict())
-        if model := [name for name in changed if name.startswith("model.") or name == "run.model_type"]:
-            raise ConfigError(
-                f"{output_dir} holds a run of another model ({', '.join(model)} differ). Choose another --output-dir; "
-                "its checkpoint can be that run's `run.init_ckpt`."
-            )
-        notes += [f"Changed since this run began: {name} {old!r} -> {new!r}" for name, (old, new) in changed.items()]
+    notes = config_changes(output_dir, config, checkpoint)
     write_text(
-        path, f"# The whole configuration of this run. The command that began it continues it.\n\n{config.to_toml()}"
+        output_dir / "config.toml",
+        f"# The whole configuration of this run. The command that began it continues it.\n\n{config.to_toml()}",
     )
     return notes
+
+
+def config_changes(output_dir: Path, config: PretrainingConfig, checkpoint: Checkpoint | None) -> list[str]:
+    """What is not as it was when the run in this folder began. Another model is refused."""
+    path = output_dir / "config.toml"
+    if checkpoint is None or not path.exists():
+        return []
+    before = make_config(tomllib.loads(path.read_text(encoding="utf-8"))).to_dict()
+    changed = differences(before, config.to_dict())
+    if model := [name for name in changed if name.startswith("model.") or name == "run.model_type"]:
+        raise ConfigError(
+            f"{output_dir} holds a run of another model ({', '.join(model)} differ). Choose another --output-dir; "
+            "its checkpoint can be that run's `run.init_ckpt`."
+        )
+    return [f"Changed since this run began: {name} {old!r} -> {new!r}" for name, (old, new) in changed.items()]
 
 
 def resume_notes(state: TrainerState, data: str, world_size: int, accumulation: int) -> list[str]:

@@ -1,5 +1,7 @@
 """SpidR and DinoSR for Transformers. Importing this package registers its models with the Auto classes."""
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -41,6 +43,15 @@ for _auto_class, _model_class in (
 ):
     _auto_class.register(SpidrConfig, _model_class)
 
+
+def __getattr__(name: str) -> Any:
+    if name == "SpidrTrainerCallback":  # what only training needs is imported when it is asked for
+        from .trainer import SpidrTrainerCallback
+
+        return SpidrTrainerCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "SpeechToUnitsPipeline",
     "SpidrConfig",
@@ -53,4 +64,5 @@ __all__ = [
     "SpidrForXVector",
     "SpidrModel",
     "SpidrPreTrainedModel",
+    "SpidrTrainerCallback",
 ]

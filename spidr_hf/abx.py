@@ -88,7 +88,7 @@ def cut_tokens(tokens: Sequence[Token], features: Mapping[str, Tensor] | Iterato
         by_file[token.fileid].append(i)
     pieces: list[Tensor] = [torch.empty(0)] * len(tokens)
     for fileid, indices in by_file.items():
-        x = features[fileid]
+        x = features[fileid]  # type: ignore[index]  # a mapping here
         for i in indices:
             if tokens[i].end > len(x):
                 raise ValueError(

@@ -1,21 +1,30 @@
 """Audio files to waveforms: float32, mono, 16 kHz.
 
-Everything is decoded by soundfile (libsndfile: WAV, FLAC, OGG, Opus, MP3, AIFF ...), on the fly, in whichever process
-needs the samples. Audio of another rate or with several channels is refused unless the caller asks to resample.
+Everything is decoded on the fly, in whichever process needs the samples, by soundfile (libsndfile: WAV, FLAC, OGG,
+Opus, MP3, AIFF ...). What libsndfile does not know (M4A, MP4, WebM ...) is decoded by torchcodec where that is
+installed. Audio of another rate or with several channels is refused unless the caller asks to resample.
 """
 
+import importlib.util
 import io
 import os
 from dataclasses import dataclass
+from functools import cache
 from math import gcd
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
 
 SAMPLING_RATE = 16_000
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".w64", ".caf", ".au")
+# What torchcodec reads beside these.
+FURTHER_SUFFIXES = (".m4a", ".mp4", ".webm", ".mkv", ".mka", ".wma")
+_UNKNOWN_FORMAT = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT; anything else is a damaged file of a format it knows
+# Containers count what the encoder added before and after; a file this much shorter than its header says is cut off.
+_SHORTER = 0.9
+_RESAMPLE = "Convert it, or ask for resampling (--resample; --data.resample true where audio is set in a config)."
 
 
 class AudioError(ValueError):
@@ -57,7 +66,7 @@ class FileWindow(io.RawIOBase):
         self._position = max(0, start + offset)
         return self._position
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # BufferedReader gives no other buffer
         count = max(0, min(len(buffer), self._size - self._position))
         self._file.seek(self._offset + self._position)
         data = self._file.read(count)
@@ -73,12 +82,14 @@ def read_info(source: str | Path | bytes | BinaryIO, *, name: str | None = None,
     """
     name = _name(source, name)
     try:
-        info = soundfile.info(_file(source))
+        found = soundfile.info(_file(source))
+        info = AudioInfo(int(found.frames), int(found.samplerate), int(found.channels))
     except (soundfile.SoundFileError, OSError) as error:
-        raise _unreadable(source, name, error) from error
-    result = AudioInfo(int(info.frames), int(info.samplerate), int(info.channels))
-    _check(name, result, resample)
-    return result
+        if (decoder := _further_decoder(source, error)) is None:
+            raise _unreadable(source, name, error) from error
+        info = _further_info(decoder)
+    _check(name, info, resample)
+    return info
 
 
 def read_audio(source: str | Path | bytes | BinaryIO, *, name: str | None = None, resample: bool = False) -> np.ndarray:
@@ -100,8 +111,15 @@ def read_audio(source: str | Path | bytes | BinaryIO, *, name: str | None = None
             _check(name, header, resample)
             audio = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
-        raise _unreadable(source, name, error) from error
-    if len(audio) != header.num_samples:
+        if (decoder := _further_decoder(source, error)) is None:
+            raise _unreadable(source, name, error) from error
+        header = _further_info(decoder)
+        _check(name, header, resample)
+        audio = _further_samples(decoder, name)
+        whole = len(audio) >= _SHORTER * header.num_samples
+    else:
+        whole = len(audio) == header.num_samples
+    if not whole:
         raise AudioError(
             f"{name}: cut off, {len(audio)} of {header.num_samples} samples can be decoded. Copy the file again or "
             "leave it out."
@@ -141,6 +159,54 @@ def resample_audio(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
     return resampled.astype(np.float32, copy=False)
 
 
+def audio_suffixes() -> tuple[str, ...]:
+    """Suffixes of files that `read_audio` can read here."""
+    return AUDIO_SUFFIXES + (FURTHER_SUFFIXES if importlib.util.find_spec("torchcodec") else ())
+
+
+@cache
+def _audio_decoder() -> Any:
+    """torchcodec's decoder; None where it is not installed, or finds no FFmpeg that it can use."""
+    try:
+        from torchcodec.decoders import AudioDecoder
+    except (ImportError, RuntimeError, OSError):
+        return None
+    return AudioDecoder
+
+
+def _further_decoder(source: str | Path | bytes | BinaryIO, error: Exception) -> Any:
+    """torchcodec's decoder of audio whose format libsndfile does not know; None where it cannot help.
+
+    A damaged file of a format that libsndfile knows is not tried: what can be decoded of it would pass for the whole.
+    """
+    if getattr(error, "code", None) != _UNKNOWN_FORMAT or (decoder := _audio_decoder()) is None:
+        return None
+    if not isinstance(source, (str, Path, bytes)):
+        source.seek(0)
+        source = source.read()
+    try:
+        found = decoder(source)
+        return found if found.metadata.sample_rate and found.metadata.num_channels else None
+    except (RuntimeError, ValueError):
+        return None
+
+
+def _further_info(decoder: Any) -> AudioInfo:
+    """What the container says. Some (a browser's recordings) do not know their length: those are decoded for it."""
+    metadata = decoder.metadata
+    seconds = metadata.duration_seconds
+    samples = round(seconds * metadata.sample_rate) if seconds else len(_further_samples(decoder, "audio"))
+    return AudioInfo(samples, metadata.sample_rate, metadata.num_channels)
+
+
+def _further_samples(decoder: Any, name: str) -> np.ndarray:
+    """All samples: S x channels, float32."""
+    try:
+        return decoder.get_all_samples().data.numpy().T
+    except (RuntimeError, ValueError) as error:
+        raise AudioError(f"{name}: cannot be decoded, it is damaged. Copy the file again or leave it out.") from error
+
+
 def _file(source: str | Path | bytes | BinaryIO) -> str | BinaryIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
@@ -159,11 +225,9 @@ def _check(name: str, info: AudioInfo, resample: bool) -> None:
     if resample:
         return
     if info.sampling_rate != SAMPLING_RATE:
-        raise AudioError(
-            f"{name}: has {info.sampling_rate} Hz instead of {SAMPLING_RATE}. Convert it, or ask for resampling."
-        )
+        raise AudioError(f"{name}: has {info.sampling_rate} Hz instead of {SAMPLING_RATE}. {_RESAMPLE}")
     if info.channels != 1:
-        raise AudioError(f"{name}: has {info.channels} channels instead of 1. Convert it, or ask for resampling.")
+        raise AudioError(f"{name}: has {info.channels} channels instead of 1. {_RESAMPLE}")
 
 
 def _unreadable(source: str | Path | bytes | BinaryIO, name: str, error: Exception) -> AudioError:
@@ -173,15 +237,20 @@ def _unreadable(source: str | Path | bytes | BinaryIO, name: str, error: Excepti
             f"{name}: {missing}. Paths in manifests are looked for beside it, then in the working folder."
         )
     reason = getattr(error, "error_string", str(error)).rstrip(".")
-    return AudioError(f"{name}: cannot be read as audio ({reason}). Leave it out or convert it.")
+    advice = "Leave it out or convert it."
+    if name.lower().endswith(FURTHER_SUFFIXES) and _audio_decoder() is None:
+        advice = "Convert it, or install torchcodec and FFmpeg, which read such files."
+    return AudioError(f"{name}: cannot be read as audio ({reason}). {advice}")
 
 
 __all__ = [
     "AUDIO_SUFFIXES",
+    "FURTHER_SUFFIXES",
     "SAMPLING_RATE",
     "AudioError",
     "AudioInfo",
     "FileWindow",
+    "audio_suffixes",
     "read_audio",
     "read_info",
     "read_window",

@@ -14,12 +14,17 @@ unless one utterance alone does.
 there are enough; where they have too few utterances for that, the updates before are drawn in. So each utterance still
 comes once, and all processes have the same number of batches. (Some repeat only where a whole epoch has too few
 utterances.) With `drop_last` the remainder is left out instead.
+
+**Shares.** An utterance of share 0.4 takes part in two of five epochs, evenly spaced; which ones depends on the seed.
+Every epoch has about that share of all such utterances.
 """
 
 import heapq
-from collections.abc import Iterator
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -57,6 +62,36 @@ class BatchKey:
     following: Position
 
 
+class EpochBatches(Sequence[np.ndarray]):
+    """Batches as stretches of one array of utterances: ten million utterances take two arrays, not a million objects.
+
+    Args:
+        utterances: indices of utterances, batch after batch.
+        bounds: where batches begin in it, and the end of the last.
+        order: which of these batches, in which order.
+        tail: batches to follow them.
+    """
+
+    def __init__(self, utterances: np.ndarray, bounds: np.ndarray, order: np.ndarray, tail: Sequence[np.ndarray] = ()):
+        self._utterances, self._bounds, self._order, self._tail = utterances, bounds, order, tuple(tail)
+
+    def __len__(self) -> int:
+        return len(self._order) + len(self._tail)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index >= len(self._order):
+            return self._tail[index - len(self._order)]
+        place = self._order[index]
+        return self._utterances[self._bounds[place] : self._bounds[place + 1]]
+
+    def part(self, start: int, stop: int, tail: Sequence[np.ndarray] = ()) -> "EpochBatches":
+        """The batches from `start` to before `stop` of those without tail, followed by others."""
+        return EpochBatches(self._utterances, self._bounds, self._order[start:stop], tail)
+
+
 class BucketSampler(Sampler[BatchKey]):
     """Endless, rank-aware, resumable sampler of batches of similar length.
 
@@ -73,6 +108,7 @@ class BucketSampler(Sampler[BatchKey]):
         drop_last: leave out what is left of an epoch when it does not fill an update.
         rank, world_size: this process, and how many there are.
         accumulation: batches of each process in an update.
+        shares: for every utterance, the share in (0, 1] of the epochs that it takes part in; None: all of them.
 
     Raises `BatchingError` where no utterance is left, and where an epoch has no update.
     """
@@ -92,6 +128,7 @@ class BucketSampler(Sampler[BatchKey]):
         rank: int = 0,
         world_size: int = 1,
         accumulation: int = 1,
+        shares: np.ndarray | None = None,
     ):
         if bucket_method not in BUCKET_METHODS:
             raise ValueError(f"`bucket_method` must be one of {', '.join(BUCKET_METHODS)}, got {bucket_method!r}.")
@@ -113,12 +150,16 @@ class BucketSampler(Sampler[BatchKey]):
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
         self.batches_per_update = world_size * accumulation
         self.position = Position()
-        if bucket_method == "uniform":
-            edges = np.linspace(min_sample_size, max_sample_size or self.lengths.max(), num_buckets + 1)
-        else:
-            edges = np.quantile(self.lengths, np.linspace(0, 1, num_buckets + 1))
-        self._buckets = np.searchsorted(edges[1:-1], self.lengths, side="right")
-        self._cached: tuple[int, list[np.ndarray]] | None = None
+        longest = max_sample_size or int(self.lengths.max())
+        self._buckets = length_buckets(self.lengths, bucket_method, num_buckets, min_sample_size, longest)
+        self._shares = None if shares is None else np.asarray(shares, dtype=np.float64)[self.utterances]
+        if self._shares is not None:
+            # Evenly spaced, so that every epoch has the same number of them, give or take one.
+            partial = np.flatnonzero(self._shares < 1)
+            self._phases = np.zeros(len(self.utterances))
+            spaced = (np.arange(len(partial)) + 0.5) / max(1, len(partial))
+            self._phases[partial] = np.random.default_rng([seed, len(partial)]).permutation(spaced)
+        self._cached: tuple[int, EpochBatches] | None = None
         if drop_last and len(self._epoch(0)) < self.batches_per_update:
             raise BatchingError(
                 f"The data has {len(self._epoch(0))} batches of at most {max_batch_length} samples, an update takes "
@@ -126,19 +167,22 @@ class BucketSampler(Sampler[BatchKey]):
                 "leaves out the rest, so there is no update. Make `max_batch_length` smaller or turn `drop_last` off."
             )
 
-    def epoch_batches(self, epoch: int, start: int = 0) -> list[np.ndarray]:
+    def epoch_batches(self, epoch: int, start: int = 0) -> EpochBatches:
         """The global list of an epoch's batches (indices of utterances) from `start` on, in whole updates."""
         batches, size = self._epoch(epoch), self.batches_per_update
-        if start % size:  # so far, another number of processes made the updates
-            batches, start = batches[start:], 0
-        tail = len(batches) % size
-        if tail and self.drop_last:
-            batches = batches[:-tail]
-        elif tail:
-            while sum(map(len, batches[-tail:])) < tail + size - tail % size and tail + size <= len(batches):
-                tail += size
-            batches = batches[:-tail] + self._spread(batches[-tail:], tail + size - tail % size)
-        return batches[start:]
+        # With another number of processes so far, `start` need not be a whole number of updates.
+        first = start if start % size else 0
+        count = len(batches) - first
+        tail = count % size
+        if not tail:
+            return batches.part(start, len(batches))
+        if self.drop_last:
+            return batches.part(start, max(start, len(batches) - tail))
+        while sum(map(len, batches[-tail:])) < tail + size - tail % size and tail + size <= count:
+            tail += size
+        spread = self._spread(batches[-tail:], tail + size - tail % size)
+        kept = len(batches) - tail
+        return batches.part(start, kept, spread[max(0, start - kept) :])
 
     def updates_per_epoch(self, epoch: int = 0) -> int:
         """Number of updates that an epoch makes from its first batch on."""
@@ -148,7 +192,8 @@ class BucketSampler(Sampler[BatchKey]):
     @property
     def hours(self) -> float:
         """Audio in an epoch, in hours."""
-        return float(self.lengths.sum()) / SAMPLING_RATE / 3600
+        samples = self.lengths.sum() if self._shares is None else self.lengths @ self._shares
+        return float(samples) / SAMPLING_RATE / 3600
 
     def __str__(self) -> str:
         dropped = f", {self.num_dropped} too short" if self.num_dropped else ""
@@ -168,15 +213,18 @@ class BucketSampler(Sampler[BatchKey]):
                     yield BatchKey(epoch, start + index, batches[index], following)
             epoch, start = epoch + 1, 0
 
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
+    def _epoch(self, epoch: int) -> EpochBatches:
         """All batches of an epoch, shuffled; it knows nothing of processes."""
         if self._cached is None or self._cached[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            order = np.lexsort((rng.random(len(self.utterances)), self._buckets))
-            bounds = _pack(self.lengths[order], self.max_batch_length, self.padding)
-            utterances = self.utterances[order]
-            shuffled = rng.permutation(len(bounds) - 1)
-            self._cached = (epoch, [utterances[bounds[i] : bounds[i + 1]] for i in shuffled])
+            utterances, lengths, buckets = self.utterances, self.lengths, self._buckets
+            if self._shares is not None:
+                before, after = (np.floor(self._shares * count + self._phases) for count in (epoch, epoch + 1))
+                members = np.flatnonzero(after > before)
+                utterances, lengths, buckets = utterances[members], lengths[members], buckets[members]
+            self._cached = None  # lets go of the epoch before, so that there are never two
+            order, bounds, shuffled = shuffled_batches(lengths, buckets, self.max_batch_length, self.padding, rng)
+            self._cached = (epoch, EpochBatches(utterances[order], bounds, shuffled))
         return self._cached[1]
 
     @staticmethod
@@ -193,17 +241,64 @@ class BucketSampler(Sampler[BatchKey]):
         return [spread[index % len(spread)] for index in range(count)]
 
 
+def length_buckets(
+    lengths: np.ndarray, method: str, num_buckets: int, min_sample_size: int, max_sample_size: int
+) -> np.ndarray:
+    """The bucket of each length (int32); see `BucketSampler` for `method`."""
+    if method == "uniform":
+        edges = np.linspace(min_sample_size, max_sample_size, num_buckets + 1)
+    else:
+        edges = np.quantile(lengths, np.linspace(0, 1, num_buckets + 1))
+    return np.searchsorted(edges[1:-1], lengths, side="right").astype(np.int32)
+
+
+def shuffled_batches(
+    lengths: np.ndarray, buckets: np.ndarray, max_batch_length: int, padding: bool, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Batches of similar length at random: the order of the utterances, the batches' bounds in it, their order."""
+    # Sorted by bucket, and by chance within it.
+    order = np.argsort(buckets + rng.random(len(lengths)))
+    bounds = _pack(lengths[order], max_batch_length, padding)
+    return order, bounds, rng.permutation(len(bounds) - 1)
+
+
 def _pack(lengths: np.ndarray, max_batch_length: int, padding: bool) -> np.ndarray:
     """Bounds of the batches when utterances are taken in order: a batch is closed by the first that does not fit."""
-    bounds = [0]
-    count, total, longest = 0, 0, 0
-    for index, length in enumerate(lengths.tolist()):
-        size = (count + 1) * max(longest, length) if padding else total + length
-        if count and size > max_batch_length:
+    pack = _pack_padded if padding else _pack_cropped
+    return np.frombuffer(pack(lengths, max_batch_length), dtype=np.int64)
+
+
+def _pack_cropped(lengths: np.ndarray, max_batch_length: int) -> array:
+    ends = memoryview(np.cumsum(lengths, dtype=np.int64))
+    bounds, start, before = array("q", [0]), 0, 0
+    while start < len(ends):
+        # An utterance that alone is too long makes a batch of its own.
+        start = max(start + 1, bisect_right(ends, before + max_batch_length, start))
+        before = ends[start - 1]
+        bounds.append(start)
+    return bounds
+
+
+def _pack_padded(lengths: np.ndarray, max_batch_length: int) -> array:
+    bounds, count, longest = array("q", [0]), 0, 0
+    for index, length in enumerate(memoryview(np.ascontiguousarray(lengths, dtype=np.int64))):
+        longest = max(longest, length)
+        if count and (count + 1) * longest > max_batch_length:
             bounds.append(index)
-            count, total, longest = 0, 0, 0
-        count, total, longest = count + 1, total + length, max(longest, length)
-    return np.array([*bounds, len(lengths)])
+            count, longest = 0, length
+        count += 1
+    if len(lengths):
+        bounds.append(len(lengths))
+    return bounds
 
 
-__all__ = ["BUCKET_METHODS", "BatchKey", "BatchingError", "BucketSampler", "Position"]
+__all__ = [
+    "BUCKET_METHODS",
+    "BatchKey",
+    "BatchingError",
+    "BucketSampler",
+    "EpochBatches",
+    "Position",
+    "length_buckets",
+    "shuffled_batches",
+]

@@ -4,7 +4,6 @@ All codebooks are stacked (K x V x H), so that K labels, counts and losses are o
 and averages are float32 whatever the autocast or the dtype of the model: rounding moves labels.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_spidr import SpidrConfig
+from .kernels_spidr import codeword_statistics, kernels_run, nearest_codewords
 from .layers_spidr import SpidrEncoder, masked_var_mean
 
 
@@ -35,21 +35,6 @@ class SpidrTeacher(KeepFloat32, SpidrEncoder):
 
     def train(self, mode: bool = True):
         return super().train(False)
-
-
-@contextmanager
-def full_float32(device: torch.device):
-    """No autocast, and float32 products in full precision (TF32 moves labels)."""
-    precision = torch.get_float32_matmul_precision()
-    with torch.autocast(device.type, enabled=False):
-        if precision == "highest" or device.type != "cuda":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
 
 
 def instance_norm_rows(
@@ -89,17 +74,18 @@ class SpidrCodebooks(KeepFloat32):
 
     def assign(self, targets: Tensor) -> Tensor:
         """Nearest codeword in L2 distance of targets K x N x H: labels K x N."""
-        with full_float32(targets.device):
-            codewords = self.sums / self.counts.unsqueeze(-1)
-            # The targets' own norms shift all distances alike and are left out.
-            half_norms = 0.5 * codewords.square().sum(-1).unsqueeze(1)
-            return torch.baddbmm(half_norms, targets, codewords.transpose(1, 2), alpha=-1).argmin(-1)
+        return nearest_codewords(targets, self.sums / self.counts.unsqueeze(-1))
 
     @torch.no_grad()
-    def update(self, counts: Tensor, sums: Tensor) -> None:
-        """Moves the codewords that were assigned (`counts` K x V, `sums` K x V x H); the others stay untouched."""
+    def update(self, counts: Tensor, sums: Tensor, where: Tensor | None = None) -> None:
+        """Moves the codewords that were assigned (`counts` K x V, `sums` K x V x H); the others stay untouched.
+
+        With `where` (a bool on the device) False, all of them do.
+        """
         if self.decay >= 1:
             return
+        if where is not None:
+            counts, sums = torch.where(where, counts, 0), torch.where(where, sums, 0)
         weight = (1 - self.decay) * (counts > 0).to(counts.dtype)
         self.counts.lerp_(counts, weight)
         self.sums.lerp_(sums, weight.unsqueeze(-1))
@@ -172,16 +158,23 @@ class StatisticsBuffer:
         self.empty = True
         self.reduced = False
 
-    @torch.no_grad()
     def add(self, labels: Tensor, targets: Tensor, losses: Tensor, prediction_means: Tensor) -> None:
-        """Adds a forward: labels K x N, targets K x N x H, losses K (means), prediction_means K x V."""
+        """Adds a forward: labels K x N, targets K x N x H, losses K (means), prediction_means K x V.
+
+        To be called without gradients (a decorator here would keep the compiler out).
+        """
         if self.reduced:
             self.clear()
         frames = labels.shape[1]
-        flat_labels = _flat_labels(labels, self.counts.shape[1])
-        ones = torch.ones((), device=labels.device).expand(flat_labels.shape)
-        self.counts.view(-1).index_add_(0, flat_labels, ones)
-        self.sums.view(-1, self.sums.shape[-1]).index_add_(0, flat_labels, targets.flatten(0, 1))
+        if kernels_run(targets):
+            counts, sums = codeword_statistics(labels, targets, self.counts.shape[1])
+            self.counts.add_(counts)
+            self.sums.add_(sums)
+        else:
+            flat_labels = _flat_labels(labels, self.counts.shape[1])
+            ones = torch.ones((), device=labels.device).expand(flat_labels.shape)
+            self.counts.view(-1).index_add_(0, flat_labels, ones)
+            self.sums.view(-1, self.sums.shape[-1]).index_add_(0, flat_labels, targets.flatten(0, 1))
         self.loss_sums.add_(losses.float(), alpha=frames)
         self.prediction_sums.add_(prediction_means.float(), alpha=frames)
         self.frames.add_(frames)
@@ -228,7 +221,6 @@ __all__ = [
     "SpidrTeacher",
     "SpidrTrainingStatistics",
     "StatisticsBuffer",
-    "full_float32",
     "instance_norm_rows",
     "label_distributions",
     "perplexity",

@@ -24,22 +24,26 @@ from .extraction import CONTEXT_SECONDS, WINDOW_SECONDS
 from .extraction_files import LAYOUTS, Layout
 from .feature_extraction_spidr import SpidrFeatureExtractor
 from .modeling_spidr import SpidrConfig, SpidrPreTrainedModel
+from .run_state import RunFolderError
 from .units import FILE_KEYS, provenance_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
-    """Ends the command with one line and a non-zero status on bad input, a full disk, or Ctrl-C."""
+def clear_errors(extra: str = "eval") -> Iterator[None]:
+    """Ends the command with one line and a non-zero status on bad input, a full disk, or Ctrl-C.
+
+    Where a module is missing, the line names the pip extra that brings it.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         yield
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}. The extra eval brings what evaluation needs: pip install 'spidr_hf[eval]'.")
-    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}. The extra {extra} brings what this command needs: pip install 'spidr_hf[{extra}]'.")
+    except (ValueError, OSError, RunFolderError, SafetensorError) as error:  # a full disk is safetensors' own error
         # Of several processes that stumble over the same thing one speaks.
         if int(os.environ.get("RANK", "0")):
             sys.exit(1)

@@ -260,13 +260,13 @@ class SpidrConfig(PreTrainedConfig):
                 f"`num_codebooks` ({self.num_codebooks}) exceeds `num_hidden_layers` ({self.num_hidden_layers}): each "
                 "codebook belongs to one layer."
             )
-        for names in (("conv_dim", "conv_kernel", "conv_stride"), ("tdnn_dim", "tdnn_kernel", "tdnn_dilation")):
-            values = {name: getattr(self, name) for name in names}
+        for group in (("conv_dim", "conv_kernel", "conv_stride"), ("tdnn_dim", "tdnn_kernel", "tdnn_dilation")):
+            values = {name: getattr(self, name) for name in group}
             for name, value in values.items():
                 if not isinstance(value, (list, tuple)) or not all(map(_is_positive_integer, value)):
                     raise ValueError(f"`{name}` must be a list of positive integers, got {value!r}.")
-            if len({len(value) for value in values.values()}) != 1 or not values[names[0]]:
-                raise ValueError(f"`{'`, `'.join(names)}` must be equally long and not empty, got {values}.")
+            if len({len(value) for value in values.values()}) != 1 or not values[group[0]]:
+                raise ValueError(f"`{'`, `'.join(group)}` must be equally long and not empty, got {values}.")
         prefixes = self.ema_exclude_layers
         if not isinstance(prefixes, (list, tuple)) or not all(isinstance(prefix, str) for prefix in prefixes):
             raise ValueError(f"`ema_exclude_layers` must be a list of prefixes, got {self.ema_exclude_layers!r}.")

@@ -51,6 +51,7 @@ class Batch:
         audio_samples: valid samples in it.
         skipped: utterances that could not be used, and why.
         failure: why there is no audio at all in it, after many replacements were tried; else None.
+        place: of a streamed batch, where its stream stands after it (`streaming.Stream`).
     """
 
     input_values: Tensor
@@ -60,6 +61,7 @@ class Batch:
     audio_samples: int
     skipped: list[Skipped] = field(default_factory=list)
     failure: str | None = None
+    place: dict[str, Any] | None = None
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -77,21 +79,17 @@ class Batch:
         return dataclasses.replace(self, **{name: tensor.pin_memory() for name, tensor in self.inputs.items()})
 
 
-class PretrainingBatches(Dataset[Batch]):
-    """Batches by key.
+class BatchBuilder:
+    """Waveforms to a batch: standardised, cropped or padded, masked.
 
     Args:
-        source: the audio.
         data: `[data]`: how utterances become rows.
         masking: `[masking]`: how masks are drawn.
         model: for the arithmetic of its convolutions.
         mask_seed: seed of the masks (`[data]`'s own seeds the crops).
     """
 
-    def __init__(
-        self, source: AudioSource, data: DataSection, masking: MaskingSection, model: SpidrConfig, mask_seed: int = 0
-    ):
-        self.source = source
+    def __init__(self, data: DataSection, masking: MaskingSection, model: SpidrConfig, mask_seed: int = 0):
         self.data = data
         self.spans = masking.spans()
         self.model = model
@@ -99,67 +97,36 @@ class PretrainingBatches(Dataset[Batch]):
         self.min_samples = max(data.min_sample_size, min_samples(model))
         self._standardize = SpidrFeatureExtractor().standardize if data.normalize else None
 
-    def __getitem__(self, key: BatchKey) -> Batch:
-        waveforms, skipped = self._read(key.utterances)
-        if not waveforms:
-            waveforms, more = self._replace(key)
-            skipped += more
-        if not waveforms:
-            failure = f"{_MAX_REPLACEMENTS} utterances in a row cannot be used. The last: {skipped[-1].reason}"
-            return Batch(torch.empty(0, 0), None, None, key, 0, skipped, failure)
+    def prepare(self, waveform: np.ndarray, expected: int, fileid: str) -> np.ndarray:
+        """A whole utterance, standardised. Raises `AudioError` where much less is there than was expected."""
+        if len(waveform) < max(self.min_samples, _SHORTER * min(expected, self.data.max_sample_size)):
+            raise AudioError(
+                f"{fileid}: has {len(waveform)} samples at 16 kHz, {expected} were expected. It is cut off, or its "
+                "manifest is out of date."
+            )
+        return waveform if self._standardize is None else self._standardize(waveform)
 
-        longest = [self._usable_length(index, waveform) for index, waveform in waveforms]
-        lengths = np.array(longest if self.data.enable_padding else [min(longest)] * len(waveforms))
-        rows = torch.zeros(len(waveforms), int(lengths.max()))
-        for row, length, (index, waveform) in zip(rows.numpy(), lengths, waveforms, strict=True):
-            row[:length] = self._crop(waveform, int(length), key.epoch, index)
+    def build(
+        self, utterances: Sequence[tuple[tuple[int, ...], int, np.ndarray]], key: BatchKey, skipped: list[Skipped]
+    ) -> Batch:
+        """The batch of (name, length that was reckoned with, prepared waveform); names seed the crops."""
+        usable = [min(len(waveform), expected, self.data.max_sample_size) for _, expected, waveform in utterances]
+        lengths = np.array(usable if self.data.enable_padding else [min(usable)] * len(usable))
+        rows = torch.zeros(len(utterances), int(lengths.max()))
+        for row, length, (name, _, waveform) in zip(rows.numpy(), lengths, utterances, strict=True):
+            row[:length] = self.crop(waveform, int(length), key.epoch, name)
         valid = torch.from_numpy(lengths)[:, None]
         attention_mask = torch.arange(rows.shape[1]) < valid if lengths.min() < lengths.max() else None
         frames = frame_lengths(self.model, torch.from_numpy(lengths)).numpy()
         mask = self._mask(frames, key)
         return Batch(rows, mask, attention_mask, key, int(lengths.sum()), skipped)
 
-    def _read(self, utterances: Sequence[int] | np.ndarray) -> tuple[list[tuple[int, np.ndarray]], list[Skipped]]:
-        """(index, whole standardised waveform) of what can be read, and what cannot."""
-        waveforms, skipped = [], []
-        for index in map(int, utterances):
-            try:
-                waveform = self.source.read(index)
-                expected = int(self.source.num_samples[index])
-                if len(waveform) < max(self.min_samples, _SHORTER * min(expected, self.data.max_sample_size)):
-                    raise AudioError(
-                        f"{self.source.fileid(index)}: has {len(waveform)} samples at 16 kHz, {expected} were "
-                        "expected. It is cut off, or its manifest is out of date."
-                    )
-            except AudioError as error:
-                skipped.append(Skipped(self.source.fileid(index), str(error)))
-            else:
-                waveforms.append((index, waveform if self._standardize is None else self._standardize(waveform)))
-        return waveforms, skipped
-
-    def _replace(self, key: BatchKey) -> tuple[list[tuple[int, np.ndarray]], list[Skipped]]:
-        """One utterance in place of a batch of which nothing can be used: every process must have a batch."""
-        rng = np.random.default_rng([self.data.random_seed, key.epoch, key.index, _REPLACEMENT])
-        skipped: list[Skipped] = []
-        for _ in range(_MAX_REPLACEMENTS):
-            index = int(rng.integers(len(self.source)))
-            if self.source.num_samples[index] < self.min_samples:
-                continue
-            waveforms, more = self._read([index])
-            if waveforms:
-                return waveforms, skipped
-            skipped += more
-        return [], skipped
-
-    def _usable_length(self, index: int, waveform: np.ndarray) -> int:
-        """Samples of an utterance that may enter a batch: no more than the sampler reckoned with."""
-        return min(len(waveform), int(self.source.num_samples[index]), self.data.max_sample_size)
-
-    def _crop(self, waveform: np.ndarray, length: int, epoch: int, index: int) -> np.ndarray:
+    def crop(self, waveform: np.ndarray, length: int, epoch: int, name: tuple[int, ...]) -> np.ndarray:
+        """`length` samples of a waveform, from a place that depends on seed, epoch and the utterance's name."""
         spare = len(waveform) - length
         if spare == 0 or not self.data.rand_crop:
             return waveform[:length]
-        rng = np.random.default_rng([self.data.random_seed, epoch, index, _CROP])
+        rng = np.random.default_rng([self.data.random_seed, epoch, *name, _CROP])
         start = int(rng.integers(spare, endpoint=True))
         return waveform[start : start + length]
 
@@ -172,6 +139,61 @@ class PretrainingBatches(Dataset[Batch]):
             # T integers per row would read as a mask of 0 and 1.
             return torch.ones(indices.shape, dtype=torch.bool)
         return torch.from_numpy(indices)
+
+
+class PretrainingBatches(Dataset[Batch]):
+    """Batches by key.
+
+    Args:
+        source: the audio.
+        data, masking, model, mask_seed: see `BatchBuilder`.
+    """
+
+    def __init__(
+        self, source: AudioSource, data: DataSection, masking: MaskingSection, model: SpidrConfig, mask_seed: int = 0
+    ):
+        self.source = source
+        self.seed = data.random_seed
+        self.builder = BatchBuilder(data, masking, model, mask_seed)
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        utterances, skipped = self._read(key.utterances)
+        if not utterances:
+            utterances, more = self._replace(key)
+            skipped += more
+        if not utterances:
+            failure = f"{_MAX_REPLACEMENTS} utterances in a row cannot be used. The last: {skipped[-1].reason}"
+            return empty_batch(key, skipped, failure)
+        return self.builder.build(utterances, key, skipped)
+
+    def _read(
+        self, utterances: Sequence[int] | np.ndarray
+    ) -> tuple[list[tuple[tuple[int], int, np.ndarray]], list[Skipped]]:
+        """(name, length, prepared waveform) of what can be read, and what cannot."""
+        read, skipped = [], []
+        for index in map(int, utterances):
+            expected = int(self.source.num_samples[index])
+            try:
+                waveform = self.builder.prepare(self.source.read(index), expected, self.source.fileid(index))
+            except AudioError as error:
+                skipped.append(Skipped(self.source.fileid(index), str(error)))
+            else:
+                read.append(((index,), expected, waveform))
+        return read, skipped
+
+    def _replace(self, key: BatchKey) -> tuple[list[tuple[tuple[int], int, np.ndarray]], list[Skipped]]:
+        """One utterance in place of a batch of which nothing can be used: every process must have a batch."""
+        rng = np.random.default_rng([self.seed, key.epoch, key.index, _REPLACEMENT])
+        skipped: list[Skipped] = []
+        for _ in range(_MAX_REPLACEMENTS):
+            index = int(rng.integers(len(self.source)))
+            if self.source.num_samples[index] < self.builder.min_samples:
+                continue
+            utterances, more = self._read([index])
+            if utterances:
+                return utterances, skipped
+            skipped += more
+        return [], skipped
 
 
 class SkippedFiles:
@@ -242,13 +264,14 @@ def make_sampler(
         rank=rank,
         world_size=world_size,
         accumulation=accumulation,
+        shares=getattr(source, "shares", None),
     )
 
 
 def make_loader(
-    batches: PretrainingBatches, sampler: BucketSampler, data: DataSection, *, pin_memory: bool = False
-) -> DataLoader[Batch]:
-    """Endless loader of this process's batches, from the sampler's position on."""
+    batches: Dataset[Any], sampler: BucketSampler | None, data: DataSection, *, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """Endless loader of this process's batches, from the sampler's position on. Streamed batches have no sampler."""
     workers: dict[str, Any] = {}
     if data.num_workers:
         workers = {"prefetch_factor": data.prefetch_factor, "worker_init_fn": _start_worker}
@@ -274,7 +297,12 @@ def min_samples(model: SpidrConfig) -> int:
     return receptive_field(model) + model.inputs_to_logits_ratio
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def empty_batch(key: BatchKey, skipped: list[Skipped], failure: str) -> Batch:
+    """A batch that says why there is none."""
+    return Batch(torch.empty(0, 0), None, None, key, 0, skipped, failure)
+
+
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -287,9 +315,11 @@ def _start_worker(_: int) -> None:
 
 __all__ = [
     "Batch",
+    "BatchBuilder",
     "PretrainingBatches",
     "SkippedFiles",
     "dropout_seed",
+    "empty_batch",
     "make_loader",
     "make_sampler",
     "min_samples",

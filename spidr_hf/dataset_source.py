@@ -5,6 +5,7 @@ Audio is decoded by soundfile from the stored bytes or files (`Audio(decode=Fals
 
 import os
 import zlib
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from tqdm import tqdm
 
 from .audio import AudioError, read_audio, read_info
 from .manifests import AudioSource, ManifestError, Skipped, open_manifest
+from .mixture import MixedSource
 
 # Columns that name an utterance, in the order they are looked for.
 _ID_COLUMNS = ("fileid", "id", "file_id", "utterance_id", "segment_id", "file", "path")
+_PATH_COLUMNS = ("file", "path")
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
+# A saved data set is one table; it is streamed in so many parts.
+_SAVED_SHARDS = 64
 _SCAN_THREADS = 8
 
 
@@ -37,13 +42,7 @@ class DatasetSource:
     def __init__(self, dataset: Any, *, resample: bool = False, name: str = "data set", progress: bool = True):
         from datasets import Audio
 
-        columns = [column for column, feature in dataset.features.items() if isinstance(feature, Audio)]
-        if not columns:
-            raise ManifestError(
-                f"{name}: has no column of the type Audio, only {', '.join(dataset.column_names)}. Cast the one that "
-                "holds files: dataset.cast_column('audio', Audio())."
-            )
-        self.column, self.name, self.resample = columns[0], name, resample
+        self.column, self.name, self.resample = audio_column(dataset, name), name, resample
         self.dataset = dataset.cast_column(self.column, Audio(decode=False))
         fileids = self._fileids()
 
@@ -87,20 +86,24 @@ class DatasetSource:
         source, name = self._audio(int(self._rows[index]), self.fileid(index))
         return read_audio(source, name=name, resample=self.resample)
 
+    def values(self, column: str) -> list[Any]:
+        """A column's value of every utterance, in order; those of a `ClassLabel` column by name."""
+        if column not in self.dataset.column_names:
+            raise ManifestError(f"{self.name}: has no column {column!r}, only {', '.join(self.dataset.column_names)}.")
+        values = self.dataset.select(self._rows).select_columns(column)[column]
+        names = getattr(self.dataset.features[column], "names", None)
+        return [names[value] for value in values] if names else list(values)
+
     def _audio(self, row: int, fileid: str) -> tuple[Any, str]:
-        audio = self.dataset[row][self.column] or {}
-        source = audio.get("bytes") or audio.get("path")
         name = f"{self.name}, {fileid}"
-        if not source:
-            raise AudioError(f"{name}: there is no audio in this row.")
-        return source, name
+        return stored_audio(self.dataset[row][self.column], name), name
 
     def _fileids(self) -> list[str]:
         for column in _ID_COLUMNS:
             if column in self.dataset.column_names and column != self.column:
                 values = [str(value) for value in self.dataset[column]]
                 if len(set(values)) == len(values) and all(values):
-                    return [os.path.splitext(v)[0].lstrip("/") if column in ("file", "path") else v for v in values]
+                    return [_without_suffix(value) for value in values] if column in _PATH_COLUMNS else values
         storage = self.dataset.data.column(self.column).combine_chunks()
         paths = storage.field("path").to_pylist() if self.dataset._indices is None else [None]
         stems = [os.path.splitext(os.path.basename(path or ""))[0] for path in paths]
@@ -120,8 +123,47 @@ def is_dataset(data: str | Path) -> bool:
     return ":" in text or (text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).suffix)
 
 
+def audio_column(dataset: Any, name: str) -> str:
+    """The data set's first column of the type `Audio`. Raises `ManifestError` where there is none."""
+    from datasets import Audio
+
+    for column, feature in dataset.features.items():
+        if isinstance(feature, Audio):
+            return column
+    raise ManifestError(
+        f"{name}: has no column of the type Audio, only {', '.join(dataset.features)}. Cast the one that holds files: "
+        "dataset.cast_column('audio', Audio())."
+    )
+
+
+def stored_audio(audio: Mapping[str, Any] | None, name: str) -> bytes | str:
+    """What `Audio(decode=False)` gives as `read_audio` takes it: content, or the path of a file on this machine."""
+    content, path = (audio or {}).get("bytes"), (audio or {}).get("path")
+    if not content and path and "://" in path:  # a streamed file, on the Hub or in an archive
+        from datasets.utils.file_utils import xopen
+
+        with xopen(path, "rb") as file:
+            content = file.read()
+    if not content and not path:
+        raise AudioError(f"{name}: there is no audio in this row.")
+    return content or path  # type: ignore[return-value]
+
+
+def row_name(row: Mapping[str, Any], column: str) -> str:
+    """What a row alone says its utterance is called: an id column, else the audio file's path; empty if neither."""
+    for name in _ID_COLUMNS:
+        if name != column and row.get(name) not in (None, ""):
+            return _without_suffix(str(row[name])) if name in _PATH_COLUMNS else str(row[name])
+    return os.path.splitext(os.path.basename((row[column] or {}).get("path") or ""))[0]
+
+
 def open_dataset(data: str | Path, *, resample: bool = False, progress: bool = True) -> DatasetSource:
     """The data set `name:config:split` of the Hub, or of a folder (`folder`, `folder:split`, `folder:config:split`)."""
+    return DatasetSource(load_dataset(data), resample=resample, name=str(data), progress=progress)
+
+
+def load_dataset(data: str | Path, *, streaming: bool = False) -> Any:
+    """The `datasets.Dataset` that `name:config:split` names, or the `IterableDataset` that streams it."""
     import datasets
 
     text = str(data)
@@ -132,21 +174,23 @@ def open_dataset(data: str | Path, *, resample: bool = False, progress: bool = T
     try:
         if any(Path(name, saved).exists() for saved in _SAVED):
             loaded = datasets.load_from_disk(name)
-            if isinstance(loaded, datasets.DatasetDict):
+            if isinstance(loaded, dict):
                 loaded = _one_split(loaded, split, text)
-        else:
-            if len(rest) == 1 and not Path(name).exists():
-                config, split = rest[0], None
-            loaded = datasets.load_dataset(name, config, split=split)
-            if isinstance(loaded, datasets.DatasetDict):
-                loaded = _one_split(loaded, None, text)
+            return loaded.to_iterable_dataset(min(len(loaded), _SAVED_SHARDS)) if streaming else loaded
+        if len(rest) == 1 and not Path(name).exists():
+            config, split = rest[0], None
+        loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
+        return _one_split(loaded, None, text) if isinstance(loaded, dict) else loaded
     except ManifestError:
         raise
     except Exception as error:  # the library raises whatever its many readers raise
         lines = str(error).strip().splitlines() or [repr(error)]
         missing = "" if Path(name).exists() else "no such file or folder, and it "
         raise ManifestError(f"{text}: {missing}cannot be loaded as a data set ({lines[0]}).") from error
-    return DatasetSource(loaded, resample=resample, name=text, progress=progress)
+
+
+def _without_suffix(path: str) -> str:
+    return os.path.splitext(path)[0].lstrip("/")
 
 
 def _one_split(splits: Any, split: str | None, name: str) -> Any:
@@ -161,21 +205,45 @@ def _one_split(splits: Any, split: str | None, name: str) -> Any:
 
 
 def open_data(
-    data: str | Path, *, resample: bool = False, cache: str | Path | None = None, progress: bool = True
+    data: str | Path | Sequence[str | Path],
+    *,
+    weights: Sequence[float] | None = None,
+    resample: bool = False,
+    cache: str | Path | None = None,
+    progress: bool = True,
 ) -> AudioSource:
-    """Utterances of DATA: a manifest, a folder of audio files, a tar, or a data set of `datasets`.
+    """Utterances of DATA: a manifest, a folder of audio files, a tar, or a data set of `datasets`; or several of these.
 
     Args:
-        data: what the commands call DATA.
+        data: what the commands call DATA; a list of them makes a `MixedSource`.
+        weights: with a list: how many times an epoch has each utterance of each of them (1 by default).
         resample: take audio of any rate and number of channels.
-        cache: where the scan of a folder, a tar or a manifest is kept (see `open_manifest`).
+        cache: where the scan of a folder, a tar or a manifest is kept (see `open_manifest`); with a list, the first is
+            kept under this name with `-0` before its suffix, and so on.
         progress: show a bar while headers are read.
 
     Raises `ManifestError` with what to do where `data` cannot be used.
     """
-    if is_dataset(data):
-        return open_dataset(data, resample=resample, progress=progress)
-    return open_manifest(data, resample=resample, cache=cache, progress=progress)
+    if isinstance(data, (str, Path)):
+        if is_dataset(data):
+            return open_dataset(data, resample=resample, progress=progress)
+        return open_manifest(data, resample=resample, cache=cache, progress=progress)
+    path = None if cache is None else Path(cache)
+    caches = [path and path.with_stem(f"{path.stem}-{index}") for index in range(len(data))]
+    sources = [
+        open_data(part, resample=resample, cache=kept, progress=progress)
+        for part, kept in zip(data, caches, strict=True)
+    ]
+    return MixedSource(sources, [str(part) for part in data], weights)
 
 
-__all__ = ["DatasetSource", "is_dataset", "open_data", "open_dataset"]
+__all__ = [
+    "DatasetSource",
+    "audio_column",
+    "is_dataset",
+    "load_dataset",
+    "open_data",
+    "open_dataset",
+    "row_name",
+    "stored_audio",
+]

@@ -244,20 +244,22 @@ def match_names(names: Collection[str], known: Collection[str]) -> dict[str, str
 
     Raises `ValueError` where there is none, or several.
     """
-    by_stem: dict[str, list[str]] = {}
-    for name in known:
-        by_stem.setdefault(PurePosixPath(name).name, []).append(name)
     matches, known = {}, set(known)
-    for name in names:
-        if name in known:
-            matches[name] = name
-            continue
-        candidates = by_stem.get(PurePosixPath(name).name, [])
+    for name, candidates in find_names(names, known).items():
         if len(candidates) != 1:
             found = f"{len(candidates)} alignments match" if candidates else "There is no alignment for"
             raise ValueError(f"{found} {name!r} (one of {len(names)} utterances; {len(known)} alignments).")
         matches[name] = candidates[0]
     return matches
+
+
+def find_names(names: Collection[str], known: Collection[str]) -> dict[str, list[str]]:
+    """For each name the known ones it may stand for: the equal one, else all that end in the same part of its path."""
+    by_stem: dict[str, list[str]] = {}
+    for name in known:
+        by_stem.setdefault(PurePosixPath(name).name, []).append(name)
+    known = set(known)
+    return {name: [name] if name in known else by_stem.get(PurePosixPath(name).name, []) for name in names}
 
 
 def evaluate_units(
@@ -317,6 +319,7 @@ __all__ = [
     "codebook_perplexity",
     "count_pairs",
     "evaluate_units",
+    "find_names",
     "match_names",
     "phone_purity",
     "phone_steps",

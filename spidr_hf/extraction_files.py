@@ -215,13 +215,13 @@ class UnitStore:
     ) -> None:
         """Note where the units of each utterance lie in a journal or a units file, but those of another length."""
         # Unit files may call utterances otherwise than journals do.
-        names = {} if expected is None else {self._written_name(name): name for name in expected}
+        names: dict[str | None, str] = {} if expected is None else {self._written_name(name): name for name in expected}
         offset = 0
         with path.open("rb") as lines:
             for line in lines:
-                name, units = _units_of(line, layers)
-                name = names.get(name, name)
-                if complain and name is not None and name not in expected:
+                written, units = _units_of(line, layers)
+                name: Any = names.get(written, written)
+                if complain and name is not None and name not in (expected or ()):
                     raise ValueError(
                         f"{path} holds units of {name!r}, which is not among the data: give another OUT_DIR, or "
                         "--overwrite to replace them."
@@ -422,7 +422,7 @@ def _extract_part(
         total=total, desc="Extracting", unit=" s of audio", bar_format=layout, disable=not progress, smoothing=0.05
     )
     with journal_path.open("w", encoding="utf-8") as journal, bar:
-        for batch in extract(source, extractor, indices, threads=threads):
+        for batch in extract(source, extractor, indices.tolist(), threads=threads):
             for index, result in batch.results:
                 store.add(store.names[index], result, journal)
             for fileid, reason in batch.skipped:

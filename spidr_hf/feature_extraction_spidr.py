@@ -141,7 +141,7 @@ class SpidrFeatureExtractor(SequenceFeatureExtractor):
 
         row_lengths = lengths
         if padded:
-            target = max(lengths) if strategy is PaddingStrategy.LONGEST else max_length
+            target = int(max(lengths)) if strategy is PaddingStrategy.LONGEST else int(max_length or 0)
             if pad_to_multiple_of is not None:
                 target += -target % pad_to_multiple_of
             row_lengths = np.maximum(lengths, target)
@@ -149,7 +149,7 @@ class SpidrFeatureExtractor(SequenceFeatureExtractor):
         input_values = np.full((len(waveforms), max(row_lengths)), self.padding_value, dtype=np.float32)
         for row, waveform in zip(input_values, waveforms, strict=True):
             row[: len(waveform)] = waveform
-        batch = {"input_values": input_values}
+        batch: dict[str, Any] = {"input_values": input_values}
         if return_attention_mask:
             batch["attention_mask"] = (np.arange(input_values.shape[1]) < lengths[:, None]).astype(np.int32)
         if return_tensors is None or len(set(row_lengths)) > 1:
@@ -218,7 +218,7 @@ def _as_utterances(raw_speech: Any) -> Sequence[Any]:
         is_single = len(raw_speech) > 0 and (
             isinstance(raw_speech[0], Number) or getattr(raw_speech[0], "ndim", 1) == 0
         )
-        utterances = [raw_speech] if is_single else raw_speech
+        utterances = [raw_speech] if is_single else raw_speech  # type: ignore[assignment]  # arrays are sequences here
     else:
         raise ValueError(_not_audio("The input", raw_speech))
     if len(utterances) == 0:
@@ -250,7 +250,8 @@ def _as_floats(utterance: Any, position: int) -> np.ndarray:
     if waveform.dtype in _PCM:
         scale, silence = _PCM[waveform.dtype]
         # float64 holds every int32, float32 every int16
-        return (waveform.astype(np.float32 if waveform.itemsize < 4 else np.float64) - silence) / scale
+        samples: Any = waveform.astype(np.float32 if waveform.itemsize < 4 else np.float64)
+        return (samples - silence) / scale
     if not np.issubdtype(waveform.dtype, np.floating):
         raise ValueError(
             f"Utterance {position} has values of type {waveform.dtype}, whose scale is unknown: pass floats in [-1, 1) "

@@ -1,5 +1,6 @@
 """What a saved folder carries so that it loads without this package installed (`trust_remote_code=True`)."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,9 @@ HUB_FILES = (
     "hub_spidr.py",
     "configuration_spidr.py",
     "feature_extraction_spidr.py",
+    "triton_spidr.py",
+    "kernels_spidr.py",
+    "cpu_spidr.py",
     "layers_spidr.py",
     "codebooks_spidr.py",
     "modeling_spidr_base.py",
@@ -29,7 +33,7 @@ AUTO_MAP = {
 }
 
 
-def save_code_files(folder: str | Path) -> None:
+def save_code_files(folder: str | os.PathLike) -> None:
     """Copies the code files into `folder`, from wherever this module itself was loaded (package or Hub cache)."""
     for name in HUB_FILES:
         source, target = Path(__file__).parent / name, Path(folder) / name

@@ -48,7 +48,7 @@ class KMeans:
         if before == after_residual:
             place, flag = ("before", "leave --after-residual out") if before else ("after", "give --after-residual")
             raise ValueError(f"This k-means was trained on features {place} the residual: {flag}.")
-        return layer if layers is None else layers[0]
+        return layer if layers is None else layers[0]  # type: ignore[return-value]  # one of them is known
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file that is complete or not there at all."""

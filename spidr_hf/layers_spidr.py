@@ -19,6 +19,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_spidr import SpidrConfig
+from .cpu_spidr import (
+    SpidrDropout,
+    attention_drops_fast,
+    convolution_taps,
+    dropout_attention,
+    fast_products,
+    gelu_in_place,
+    linear,
+    product_dtype,
+    strided_convolution,
+)
+from .kernels_spidr import grouped_conv1d, kernels_run, norm_gelu
 
 # Samples of a batch that the extractor takes at a time where no gradient is needed: about 80 MB of activations in
 # float32 on CPU (smaller pieces are slower), and enough to fill a GPU.
@@ -105,14 +117,17 @@ def _tap_groups(kernel: int, stride: int, channels: int):
         yield shift, shift * stride * channels, min((shift + 1) * stride, kernel) * channels
 
 
-def conv1d_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+def conv1d_channels_last(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, taps: list[Tensor] | None = None
+) -> Tensor:
     """Convolution without padding of B x T x C (T a multiple of `stride`) -> B x T/stride x O.
 
     The last `ceil(kernel / stride) - 1` outputs of each row reach beyond it and hold no meaningful value. The
-    result has the autocast dtype where autocast is on.
+    result has the autocast dtype where autocast is on. `taps`: `weight` as `prepare_taps` gives it.
     """
     batch, length, channels = x.shape
     out_channels, _, kernel = weight.shape
+    fast = fast_products(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -125,6 +140,9 @@ def conv1d_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, stride:
         # The compiler does better with the plain formula. Padding keeps the row length the other form has.
         x = F.pad(x.transpose(1, 2), (0, max(kernel - stride, 0)))
         return F.conv1d(x, weight, bias, stride).transpose(1, 2)
+    elif fast:
+        taps = convolution_taps(weight, stride, x.dtype) if taps is None else taps
+        out = strided_convolution(x.reshape(batch * length, channels), taps, bias, stride)
     else:
         out = _StridedConv1d.apply(x.reshape(batch * length, channels), weight, bias, stride)
     return out.view(batch, length // stride, out_channels)
@@ -147,19 +165,31 @@ class SpidrConvLayer(nn.Module):
         else:
             self.layer_norm = None
         self.activation = ACT2FN[config.feat_extract_activation]
+        self.fuses = config.feat_extract_norm == "layer" and config.feat_extract_activation == "gelu"
 
-    def forward(self, hidden_states: Tensor, length: int, lengths: Tensor | None) -> Tensor:
+    def prepare_taps(self, x: Tensor) -> list[Tensor] | None:
+        """The weights as `forward` uses them on inputs like `x`, for several calls; None where it takes its own."""
+        weight = self.conv.weight
+        if weight.shape[1] == 1 or not fast_products(x, weight, self.conv.bias):
+            return None
+        return convolution_taps(weight, self.conv.stride[0], product_dtype(x))
+
+    def forward(
+        self, hidden_states: Tensor, length: int, lengths: Tensor | None, taps: list[Tensor] | None = None
+    ) -> Tensor:
         """B x T x C (T a multiple of the stride) -> B x T/stride x O.
 
         `length` counts the valid outputs of the longest row, `lengths` (B) those of each row where rows differ; only
-        the group norm, which normalises over time, needs them.
+        the group norm, which normalises over time, needs them. `taps`: see `prepare_taps`.
         """
-        hidden_states = conv1d_channels_last(hidden_states, self.conv.weight, self.conv.bias, self.conv.stride[0])
+        hidden_states = conv1d_channels_last(hidden_states, self.conv.weight, self.conv.bias, self.conv.stride[0], taps)
+        if self.fuses and kernels_run(hidden_states):
+            return norm_gelu(hidden_states, self.layer_norm.weight, self.layer_norm.bias, self.layer_norm.eps)
         if isinstance(self.layer_norm, nn.LayerNorm):
             hidden_states = self.layer_norm(hidden_states)
         elif self.layer_norm is not None:
             hidden_states = _group_norm(hidden_states, self.layer_norm, length, lengths)
-        return self.activation(hidden_states)
+        return gelu_in_place(hidden_states) if self.fuses else self.activation(hidden_states)
 
 
 def _group_norm(x: Tensor, norm: nn.GroupNorm, length: int, lengths: Tensor | None) -> Tensor:
@@ -200,13 +230,16 @@ class SpidrFeatureEncoder(nn.Module):
         trains = torch.is_grad_enabled() and (input_values.requires_grad or self._trains())
         if trains or config.feat_extract_norm == "group" or torch.compiler.is_compiling():
             return self._convolve(input_values, lengths)
+        taps = [layer.prepare_taps(input_values) for layer in self.conv_layers]
         # A frame sees nothing outside its receptive field, so pieces give exactly what the whole gives, and the first
         # convolution's output, the largest activation of the model, never exists as a whole.
         frames, field = frame_lengths(config, samples), receptive_field(config)
         budget = CHUNK_SAMPLES_CPU if input_values.device.type == "cpu" else CHUNK_SAMPLES
         chunk = max(budget // (batch * stride), 10)
         pieces = [
-            self._convolve(input_values[:, first * stride : (min(first + chunk, frames) - 1) * stride + field], None)
+            self._convolve(
+                input_values[:, first * stride : (min(first + chunk, frames) - 1) * stride + field], None, taps
+            )
             for first in range(0, frames, chunk)
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
@@ -214,16 +247,19 @@ class SpidrFeatureEncoder(nn.Module):
     def _trains(self) -> bool:
         return any(parameter.requires_grad for parameter in self.parameters())
 
-    def _convolve(self, input_values: Tensor, lengths: Tensor | None) -> Tensor:
+    def _convolve(
+        self, input_values: Tensor, lengths: Tensor | None, taps: list[list[Tensor] | None] | None = None
+    ) -> Tensor:
         length = input_values.shape[1]
         # Rows padded to whole frames can be laid end to end: every layer's stride then divides their length.
         hidden_states = F.pad(input_values, (0, -length % self.config.inputs_to_logits_ratio)).unsqueeze(-1)
-        for layer, kernel, stride in zip(
-            self.conv_layers, self.config.conv_kernel, self.config.conv_stride, strict=True
+        taps = [None] * len(self.conv_layers) if taps is None else taps
+        for layer, kernel, stride, matrices in zip(
+            self.conv_layers, self.config.conv_kernel, self.config.conv_stride, taps, strict=True
         ):
             length = conv_output_length(length, kernel, stride)
             lengths = None if lengths is None else conv_output_length(lengths, kernel, stride)
-            hidden_states = layer(hidden_states, length, lengths)
+            hidden_states = layer(hidden_states, length, lengths, matrices)
         return hidden_states[:, :length]
 
 
@@ -236,7 +272,7 @@ class SpidrFeatureProjection(nn.Module):
         self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.projection(self.layer_norm(features))
+        return linear(self.projection, self.layer_norm(features))
 
 
 class SpidrPositionalConvEmbedding(nn.Module):
@@ -261,20 +297,18 @@ class SpidrPositionalConvEmbedding(nn.Module):
         self.activation = ACT2FN[config.feat_extract_activation]
         self.norm = config.conv_pos_norm
         self.eps = config.layer_norm_eps
+        self.fuses = config.conv_pos_norm and config.feat_extract_activation == "gelu"
 
     def forward(self, hidden_states: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """`frame_mask` (B x T, bool): the frames that are not padding. Padded frames of the result are zero."""
-        length = hidden_states.shape[1]
         keep = None if frame_mask is None else frame_mask.unsqueeze(-1)
         for conv in self.convs:
             if keep is not None:
                 hidden_states = hidden_states * keep
-            # As a 2-D convolution of height 1 this is channels-last without a copy, and faster than Conv1d.
-            images = hidden_states.unsqueeze(1).permute(0, 3, 1, 2)
-            images = F.conv2d(
-                images, conv.weight.unsqueeze(2), conv.bias, padding=(0, conv.padding[0]), groups=conv.groups
-            )
-            hidden_states = images.permute(0, 2, 3, 1).squeeze(1)[:, :length]
+            hidden_states = grouped_conv1d(hidden_states, conv.weight, conv.bias, conv.groups)
+            if self.fuses and kernels_run(hidden_states):
+                hidden_states = norm_gelu(hidden_states, None, None, self.eps)
+                continue
             if self.norm:
                 hidden_states = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
             hidden_states = self.activation(hidden_states)
@@ -317,7 +351,11 @@ class SpidrAttention(nn.Module):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         batch, length, _ = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
+        qkv = linear(self.qkv, hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
+        dropout = self.dropout if self.training else 0.0
+        if self.config._attn_implementation == "sdpa" and not output_attentions and attention_drops_fast(qkv, dropout):
+            context = dropout_attention(qkv, attention_mask, self.scaling, dropout)
+            return linear(self.proj, context.reshape(batch, length, -1)), None
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         attention: Callable = eager_attention_forward
         if not output_attentions:
@@ -328,10 +366,10 @@ class SpidrAttention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
         )
-        return self.proj(context.reshape(batch, length, -1)), weights
+        return linear(self.proj, context.reshape(batch, length, -1)), weights
 
 
 class SpidrFeedForward(nn.Module):
@@ -341,11 +379,12 @@ class SpidrFeedForward(nn.Module):
         super().__init__()
         self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.activation_dropout)
+        self.dropout = SpidrDropout(config.activation_dropout)
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.output_dense(self.dropout(self.activation(self.intermediate_dense(hidden_states))))
+        hidden_states = linear(self.intermediate_dense, hidden_states, self.activation)
+        return linear(self.output_dense, self.dropout(hidden_states))
 
 
 class SpidrEncoderLayer(GradientCheckpointingLayer):
@@ -357,7 +396,7 @@ class SpidrEncoderLayer(GradientCheckpointingLayer):
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = SpidrFeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = SpidrDropout(config.hidden_dropout)
         self.pre_norm = config.do_stable_layer_norm
 
     def forward(
@@ -409,7 +448,7 @@ class SpidrEncoder(nn.Module):
         self.config = config
         self.pos_conv_embed = SpidrPositionalConvEmbedding(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = SpidrDropout(config.hidden_dropout)
         self.layers = nn.ModuleList(SpidrEncoderLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(

@@ -23,7 +23,7 @@ import pyarrow.csv
 import pyarrow.json
 from tqdm import tqdm
 
-from .audio import AUDIO_SUFFIXES, AudioError, FileWindow, read_audio, read_info, read_window
+from .audio import AudioError, FileWindow, audio_suffixes, read_audio, read_info, read_window
 from .files import replaced_file
 
 _SCHEMA = pa.schema(
@@ -59,7 +59,9 @@ class AudioSource(Protocol):
     """
 
     num_samples: np.ndarray
-    skipped: Sequence[Skipped]
+
+    @property
+    def skipped(self) -> Sequence[Skipped]: ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -98,14 +100,27 @@ class Manifest:
         skipped: Sequence[Skipped] = (),
         name: str = "manifest",
     ):
+        self._hold(_checked(table, name), root, resample, skipped, name)
+
+    def _hold(
+        self, table: pa.Table, root: str | Path, resample: bool, skipped: Sequence[Skipped], name: str, file: Any = None
+    ) -> None:
+        """`file` is (path, key) of the Arrow file that the table is mapped from, where it is."""
         self.root = Path(root).absolute()
         self.resample = resample
         self.skipped = list(skipped)
         self.name = name
-        self.table = _checked(table, name)
-        self.num_samples = _int64(self.table, "num_samples")
-        self._offsets = _int64(self.table, "byte_offset")
-        self._sizes = _int64(self.table, "byte_size")
+        self.table = table
+        self.num_samples = _int64(table, "num_samples")
+        self._offsets = _int64(table, "byte_offset")
+        self._sizes = _int64(table, "byte_size")
+        self._file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Processes that are not forked map the file as this one does, instead of getting a copy of the table.
+        if self._file is not None:
+            return _mapped_again, self._file
+        return _held_again, (self.table, self.root, self.resample, self.skipped, self.name)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -190,7 +205,10 @@ class Manifest:
         if metadata["key"] != key:
             return None
         skipped = [Skipped(*entry) for entry in metadata["skipped"]]
-        return cls(table, metadata["root"], resample=metadata["resample"], skipped=skipped, name=metadata["name"])
+        # `save` had a table that was checked: ten million rows are not looked at again.
+        manifest = cls.__new__(cls)
+        manifest._hold(table, metadata["root"], metadata["resample"], skipped, metadata["name"], (str(path), key))
+        return manifest
 
     def _value(self, column: str, index: int) -> Any:
         return self.table.column(column)[int(index)].as_py()
@@ -232,7 +250,7 @@ def open_manifest(
     Args:
         data: `.csv`, `.jsonl` or `.tsv` file, folder, or `.tar`.
         resample: take audio of any rate and number of channels.
-        suffixes: which files of a folder or tar are audio; those soundfile knows by default.
+        suffixes: which files of a folder or tar are audio; those that can be read here by default.
         cache: Arrow file that keeps the result, so that the next start reads (and scans) nothing; it is made anew
             when the file behind `data` changes. A folder's contents count as unchanged.
         progress: show a bar while headers are read.
@@ -258,7 +276,8 @@ def open_manifest(
         manifest = read_manifest(data, resample=resample)
     if cache is not None:
         manifest.save(cache, key)
-        return Manifest.load(cache, key) or manifest
+        manifest = Manifest.load(cache, key) or manifest
+        pa.default_memory_pool().release_unused()  # what reading and checking took
     return manifest
 
 
@@ -321,7 +340,7 @@ def scan_tar(
                 if name in places:
                     raise ManifestError(f"{path}: holds {name} twice. Remove one of them.")
                 places[name] = (member.offset_data, member.size)
-                window = FileWindow(file, member.offset_data, member.size)
+                window: Any = FileWindow(file, member.offset_data, member.size)
                 try:
                     length = read_info(window, name=f"{path}:{name}", resample=resample).num_samples_16k
                 except AudioError as error:
@@ -343,7 +362,7 @@ def scan_tar(
 
 
 def _suffixes(suffixes: Sequence[str] | None) -> tuple[str, ...]:
-    return tuple("." + suffix.lower().lstrip(".") for suffix in suffixes or AUDIO_SUFFIXES)
+    return tuple("." + suffix.lower().lstrip(".") for suffix in suffixes or audio_suffixes())
 
 
 def _split(rows: Iterable[tuple[str, int | AudioError]], name: str) -> tuple[dict[str, Any], list[Skipped]]:
@@ -400,6 +419,18 @@ def _read_tsv(path: Path) -> tuple[pa.Table, Path]:
     )
     beside = path.absolute().parent / root
     return table, beside if beside.exists() else Path(root)
+
+
+def _mapped_again(path: str, key: str) -> Manifest:
+    if (manifest := Manifest.load(path, key)) is None:
+        raise ManifestError(f"{path}: was changed while it was in use. Start again.")
+    return manifest
+
+
+def _held_again(*content: Any) -> Manifest:
+    manifest = Manifest.__new__(Manifest)
+    manifest._hold(*content)
+    return manifest
 
 
 def _fields() -> list[tuple[str, pa.DataType]]:
@@ -463,10 +494,10 @@ def _int64(table: pa.Table, column: str) -> np.ndarray:
     """A column as a numpy array that shares its memory; nulls, where there are any, become -1."""
     if column not in table.column_names:
         return np.empty(0, dtype=np.int64)
-    values = table.column(column).fill_null(-1).combine_chunks()
-    if isinstance(values, pa.ChunkedArray):
-        values = values.chunk(0)
-    return values.to_numpy(zero_copy_only=False)
+    values = table.column(column)
+    if values.null_count:
+        values = values.fill_null(-1)
+    return (values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()).to_numpy(zero_copy_only=False)
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,6 @@ from .codebooks_spidr import (
     SpidrTeacher,
     SpidrTrainingStatistics,
     StatisticsBuffer,
-    full_float32,
     instance_norm_rows,
     label_distributions,
     perplexity,
@@ -36,6 +35,9 @@ class SpidrForPretrainingOutput(ModelOutput):
         pred_ppl: perplexity of the mean predicted distribution, averaged over codebooks.
         layer_losses: K scalars, one per codebook.
         num_masked_frames: masked frames of this batch (float32 scalar).
+        labels: K x N, the codewords that teacher and codebooks assign to the N masked frames, row after row of the
+            batch; with `output_predictions`, and so is the next.
+        log_probs: K x N x V, what the student predicts there (float32).
     """
 
     loss: Tensor | None = None
@@ -45,6 +47,8 @@ class SpidrForPretrainingOutput(ModelOutput):
     num_masked_frames: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    labels: Tensor | None = None
+    log_probs: Tensor | None = None
 
 
 @dataclass
@@ -88,7 +92,8 @@ class _CodebookPredictions:
 
         def select(x: Tensor) -> Tensor:
             x = x.reshape(-1, x.shape[-1])
-            return x if rows is None else x[rows]
+            # Not `x[rows]`, whose gradient is sorted by row on a GPU: rows differ, so that adding needs no order.
+            return x if rows is None else x.index_select(0, rows)
 
         if self.config.objective == "spidr":
             inputs = torch.stack([select(x) for x in output.representations])
@@ -134,7 +139,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
     processes. `forward` itself never communicates.
     """
 
-    _keys_to_ignore_on_load_unexpected = None
+    _keys_to_ignore_on_load_unexpected = None  # type: ignore[assignment]  # all of the file is this model's
     _keep_in_fp32_modules_strict = ["codebooks", "teacher"]
 
     def __init__(self, config: SpidrConfig):
@@ -184,6 +189,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         mask_time_indices: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_predictions: bool = False,
         **kwargs,
     ) -> SpidrForPretrainingOutput:
         """
@@ -193,6 +199,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
             mask_time_indices: the masked frames, as B x T (bool) or as B x M frame numbers (int64; M masked frames in
                 every row, which never waits for the device). Without it every frame counts as masked and none is
                 replaced.
+            output_predictions: also return `labels` and `log_probs` of every masked frame, for validation.
 
         In train mode the labels also enter the statistics that `update_teacher` applies to the codebooks.
         """
@@ -231,6 +238,8 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
             num_masked_frames=torch.full((), rows.numel(), dtype=torch.float32, device=logits.device),
             hidden_states=output.hidden_states if output_hidden_states else None,
             attentions=tuple(output.attentions) if output_attentions else None,
+            labels=labels if output_predictions else None,
+            log_probs=log_probs if output_predictions else None,
         )
 
     @torch.no_grad()
@@ -242,7 +251,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
             first_representation=self.config.first_codebook_layer,
             representation_only=True,
         )
-        with full_float32(projected.device):
+        with torch.autocast(projected.device.type, enabled=False):
             return torch.stack([instance_norm_rows(x, rows, lengths) for x in output.representations])
 
     @torch.no_grad()
@@ -257,7 +266,8 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
     def _accumulate(self, labels: Tensor, targets: Tensor, layer_losses: Tensor, predictions: Tensor) -> None:
         if self._statistics is None or self._statistics.flat.device != labels.device:
             self._statistics = StatisticsBuffer(self.config, labels.device)
-        self._statistics.add(labels, targets, layer_losses, predictions)
+        with torch.no_grad():
+            self._statistics.add(labels, targets, layer_losses, predictions)
 
     def reduce_statistics(self) -> SpidrTrainingStatistics:
         """What all processes saw since the last `update_teacher`, summed in the update's one collective.
@@ -287,24 +297,30 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         return config.ema_start_decay + (config.ema_final_decay - config.ema_start_decay) * share
 
     @torch.no_grad()
-    def update_teacher(self, step: int) -> float:
+    def update_teacher(self, step: int, where: Tensor | None = None) -> float:
         """Moves codebooks and teacher after optimizer step `step`, counted from 1; returns the teacher's decay.
 
-        All processes must call it. At `config.freeze_step` it also freezes feature extractor and projection.
+        All processes must call it. At `config.freeze_step` it also freezes feature extractor and projection. `where`
+        (a bool on the device): False leaves codebooks and teacher as they are, as after a skipped update, without
+        Python having to know.
         """
         if step < 1:
             raise ValueError(f"Steps are counted from 1, got {step}.")
         if self._statistics is not None and not self._statistics.empty:
             self._statistics.reduce()
-            self.codebooks.update(self._statistics.counts, self._statistics.sums)
+            self.codebooks.update(self._statistics.counts, self._statistics.sums, where)
             self._statistics.clear()
         decay = self.teacher_decay(step)
         if decay < 1:
             averaged, copied = self._teacher_pairs()
-            torch._foreach_lerp_([teacher for teacher, _ in averaged], [s for _, s in averaged], 1 - decay)
-            if copied:
-                torch._foreach_copy_([teacher for teacher, _ in copied], [s for _, s in copied])
-        self.current_step.fill_(step)
+            for pairs, weight in ((averaged, 1 - decay), (copied, 1.0)):
+                if pairs:
+                    weights = weight if where is None else [where * weight] * len(pairs)
+                    torch._foreach_lerp_([teacher for teacher, _ in pairs], [student for _, student in pairs], weights)
+        if where is None:
+            self.current_step.fill_(step)
+        else:
+            self.current_step.copy_(torch.where(where, step, self.current_step))
         if step >= self.config.freeze_step:
             self.freeze_feature_encoder()
         return decay
@@ -312,10 +328,11 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
     def _teacher_pairs(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
         """(teacher, student) parameters that are averaged, and those that are copied (`ema_exclude_layers`)."""
         student = dict(self.spidr.encoder.named_parameters())
-        averaged, copied = [], []
+        averaged: list[tuple[Tensor, Tensor]] = []
+        copied: list[tuple[Tensor, Tensor]] = []
         for name, teacher in self.teacher.named_parameters():
             pairs = copied if name.startswith(tuple(self.config.ema_exclude_layers)) else averaged
-            pairs.append((teacher, student[name].to(teacher.dtype)))
+            pairs.append((_local(teacher), _local(student[name]).to(teacher.dtype)))
         return averaged, copied
 
 
@@ -345,6 +362,11 @@ class SpidrForAudioTokenization(_CodebookPredictions, SpidrPreTrainedModel):
     ) -> SpidrAudioTokenizationOutput:
         """The same as `encode`."""
         return self.encode(input_values, attention_mask, **kwargs)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter that FSDP2 shards (teacher and student alike), any other as it is."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def _fill_padding(labels: Tensor, valid: Tensor | None) -> Tensor:

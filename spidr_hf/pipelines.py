@@ -190,7 +190,7 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _items(items: Iterable[Any]) -> Iterator[Any]:
+def _items(items: Any) -> Iterator[Any]:
     # Map-style torch data sets end by their length, not by IndexError.
     if hasattr(items, "__getitem__") and hasattr(items, "__len__"):
         return (items[i] for i in range(len(items)))

@@ -3,7 +3,6 @@
 Each `draw_*` function fills one axes; `run_figure` puts them together on one page.
 """
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +15,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.transforms import blended_transform_factory
 
 from .evaluation import Phones
 from .files import replaced_file
+from .training_curves import INK, chart, draw_losses, draw_perplexities
 
 FRAME = 0.02  # seconds per unit
-INK, FAINT = "#26303a", "#8a949e"
 # Manners of articulation: the phones of each (CMU's), and a colour.
 MANNERS = {
     "silence": ("SIL SP SPN", "#dfe3e6"),
@@ -101,55 +99,10 @@ def unit_colours(counts: np.ndarray, phones: Sequence[str]) -> dict[int, tuple[f
     """
     colours = {}
     for unit in np.flatnonzero(counts.sum(axis=0)):
-        base = np.array(to_rgb(phone_colour(phones[counts[:, unit].argmax()])))
+        base = np.array(to_rgb(phone_colour(phones[int(counts[:, unit].argmax())])))
         shade = 0.45 * ((unit * 0.618034) % 1)  # neighbours in number are far apart in shade
         colours[int(unit)] = tuple(base + (1 - base) * shade)
     return colours
-
-
-def draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]], first_layer: int, codebook_size: int) -> None:
-    """The loss over the steps of a run (rows of `metrics.jsonl`), and that of each codebook's layer."""
-    steps = [row["step"] for row in rows]
-    layers = np.array([row["layer_losses"] for row in rows])
-    axes.axhline(math.log(codebook_size), color=FAINT, lw=1, ls=(0, (4, 3)))
-    axes.annotate(
-        f"ln {codebook_size}: knowing nothing",
-        (0.985, math.log(codebook_size)),
-        xycoords=blended_transform_factory(axes.transAxes, axes.transData),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="right",
-        fontsize=9,
-        color=FAINT,
-    )
-    shades = np.linspace(0.35, 0.8, layers.shape[1])
-    for k, shade in enumerate(shades):
-        axes.plot(steps, _smooth(layers[:, k]), color=_blues(shade), lw=1.3, label=f"layer {first_layer + k}")
-    axes.plot(steps, _smooth([row["loss"] for row in rows]), color="#d9604c", lw=2.2, label="mean")
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.8), ncol=2)
-    _chart(axes, "loss (nats per masked frame)", "training step")
-
-
-def draw_perplexities(axes: Axes, rows: Sequence[Mapping[str, Any]], floor: float | None = None) -> None:
-    """Target and prediction perplexity over the steps of a run; `floor` is the line of a collapse."""
-    steps = [row["step"] for row in rows]
-    axes.plot(steps, _smooth([row["pred_ppl"] for row in rows]), color="#4f86c6", lw=2, label="predictions")
-    axes.plot(steps, _smooth([row["target_ppl"] for row in rows]), color="#f2a93b", lw=2.2, label="targets")
-    axes.set_ylim(bottom=0)
-    if floor is not None:
-        axes.axhline(floor, color="#d9604c", lw=1, ls=(0, (4, 3)))
-        axes.annotate(
-            "below: collapsed",
-            (0.985, floor),
-            xycoords=blended_transform_factory(axes.transAxes, axes.transData),
-            xytext=(0, -12),
-            textcoords="offset points",
-            ha="right",
-            fontsize=9,
-            color="#d9604c",
-        )
-    axes.legend(loc="upper right")
-    _chart(axes, "perplexity (codewords)", "training step")
 
 
 def draw_scores(axes: Axes, scores: Mapping[str, Mapping[int, float]], name: str) -> None:
@@ -164,7 +117,7 @@ def draw_scores(axes: Axes, scores: Mapping[str, Mapping[int, float]], name: str
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     axes.margins(y=0.25)
     axes.legend(loc="upper left", ncol=len(scores))
-    _chart(axes, name, "layer")
+    chart(axes, name, "layer")
 
 
 def run_figure(
@@ -245,6 +198,51 @@ def run_figure(
     return figure
 
 
+def draw_validation(axes: Axes, rows: Sequence[Mapping[str, Any]], score: str, title: str) -> None:
+    """One score over the steps of a run, a curve with points for each data set (rows of `validation.jsonl`).
+
+    Of a score with an entry per codebook the best is drawn.
+    """
+    for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        points = [(row["step"], row[score]) for row in rows if row["name"] == name and row.get(score) is not None]
+        steps = [step for step, _ in points]
+        values = [max(value) if isinstance(value, list) else value for _, value in points]
+        axes.plot(steps, values, color=_CURVES[i % len(_CURVES)], lw=1.8, marker="o", ms=4, label=name)
+    axes.legend(loc="best")
+    chart(axes, title, "training step")
+
+
+def validation_figure(rows: Sequence[Mapping[str, Any]], first_layer: int) -> Figure:
+    """
+    Curves of a run's validation: loss, perplexity of the targets, and where phones are known PNMI of the best layer;
+    below, the latest scores by layer.
+
+    Args:
+        rows: Those of `validation.jsonl`.
+        first_layer: The layer of the first codebook, counted from 1.
+    """
+    charts = {"loss": "loss (nats per masked frame)", "target_ppl": "perplexity of the targets"}
+    if any("pnmi" in row for row in rows):
+        charts["pnmi"] = "PNMI, best layer"
+    figure = Figure(figsize=(5.4 * len(charts), 7.6), layout="constrained")
+    above, below = figure.subplots(2, len(charts), squeeze=False)
+    latest = {row["name"]: row for row in rows}
+    for axes, lower, (score, title) in zip(above, below, charts.items(), strict=True):
+        draw_validation(axes, rows, score, title)
+        by_layer = {"loss": "layer_losses", "target_ppl": "layer_target_ppl"}.get(score, score)
+        for i, (name, row) in enumerate(latest.items()):
+            if row.get(by_layer) is None or None in row[by_layer]:
+                continue
+            layers = range(first_layer, first_layer + len(row[by_layer]))
+            label = f"{name}, step {row['step']}"
+            lower.plot(layers, row[by_layer], color=_CURVES[i % len(_CURVES)], lw=1.8, marker="o", ms=4, label=label)
+        if lower.lines:
+            lower.legend(loc="best")
+        lower.xaxis.get_major_locator().set_params(integer=True)
+        chart(lower, title.replace(", best layer", "") + " by layer", "layer")
+    return figure
+
+
 def matrix_figure(counts: np.ndarray, phones: Sequence[str], *, least_share: float = 0.0) -> Figure:
     """
     Phone-by-unit matrix: the share of each phone in the steps of each unit. Phones stand by manner of articulation,
@@ -265,7 +263,7 @@ def matrix_figure(counts: np.ndarray, phones: Sequence[str], *, least_share: flo
     )
     totals = counts.sum(axis=0)
     used = np.flatnonzero((totals > 0) & (totals >= least_share * totals.sum()))
-    shares = counts[np.ix_(rows, used)] / totals[used]
+    shares = counts[np.ix_(np.array(rows), used)] / totals[used]
     order = np.lexsort((-shares.max(axis=0), shares.argmax(axis=0)))
     figure = Figure(figsize=(max(7.0, min(18.0, 2.5 + 0.06 * len(used))), 2 + 0.2 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -319,7 +317,7 @@ def layer_figure(
         axes.set_xticks(layers)
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)
-        _chart(axes, title, "layer")
+        chart(axes, title, "layer")
     return figure
 
 
@@ -343,7 +341,7 @@ def utterance_figure(
         title: A line above.
         sampling_rate: Samples per second.
     """
-    tiers = ["phones"] * bool(len(phones)) + sorted(units)
+    tiers: list[Any] = [*["phones"] * bool(len(phones)), *sorted(units)]  # type: ignore[type-var]  # one None, or none
     duration = len(waveform) / sampling_rate
     figure = Figure(figsize=(16, 3.4 + 0.6 * len(tiers)), layout="constrained")
     axes = figure.subplots(1 + len(tiers), 1, sharex=True, gridspec_kw={"height_ratios": [4.2, *[0.75] * len(tiers)]})
@@ -393,35 +391,6 @@ def _tier(axes: Axes, name: str) -> None:
     axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11, color=INK)
 
 
-def _chart(axes: Axes, title: str, xlabel: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
-    axes.set_xlabel(xlabel, color=INK)
-    axes.tick_params(colors=INK, labelsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(FAINT)
-    axes.grid(axis="y", color="#e8ebee", lw=0.8)
-    axes.set_axisbelow(True)
-    if legend := axes.get_legend():
-        legend.set_frame_on(False)
-        for text in legend.get_texts():
-            text.set(fontsize=10, color=INK)
-
-
-def _blues(shade: float) -> tuple[float, float, float]:
-    base = np.array(to_rgb("#1f4e8c"))
-    return tuple(base + (1 - base) * (1 - shade))
-
-
-def _smooth(values: Sequence[float]) -> np.ndarray:
-    """A running mean over about a fiftieth of the run, so that the trend shows."""
-    values = np.asarray(values, dtype=float)
-    half = len(values) // 100
-    sums = np.cumsum(np.append(0.0, values))
-    index = np.arange(len(values))
-    start, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return (sums[end] - sums[start]) / (end - start)
-
-
 __all__ = [
     "draw_losses",
     "draw_perplexities",
@@ -429,6 +398,7 @@ __all__ = [
     "draw_scores",
     "draw_spectrogram",
     "draw_units",
+    "draw_validation",
     "layer_figure",
     "matrix_figure",
     "phone_colour",
@@ -436,4 +406,5 @@ __all__ = [
     "save_figure",
     "unit_colours",
     "utterance_figure",
+    "validation_figure",
 ]

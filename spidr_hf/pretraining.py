@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import math
 import os
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from .codebooks_spidr import SpidrTrainingStatistics
 from .configuration_spidr import SpidrConfig
 from .feature_extraction_spidr import SpidrFeatureExtractor
-from .files import replaced_folder
+from .files import replaced_folder, write_text
 from .layers_spidr import receptive_field
 from .model_card import model_card
 from .modeling_spidr import SpidrForPretraining
 from .run_config import FREEZABLE, ConfigError, OptimizerSection, PretrainingConfig
+from .run_state import whole_copies
+from .sharding import global_norm, is_sharded, local_shard
+from .transfers import HostCopy
 
 _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 # Fewer masked frames than this per codeword and update, and codewords starve at a decay above the one below.
@@ -58,14 +62,28 @@ def make_accelerator(config: PretrainingConfig, output_dir: str | Path) -> tuple
     return accelerator, notes
 
 
-def start_trackers(accelerator: Accelerator, config: PretrainingConfig) -> None:
-    """Begin the curves of the tracker that `run.tracker` names, if any."""
-    if not accelerator.log_with:
+def start_trackers(accelerator: Accelerator, config: PretrainingConfig, output_dir: str | Path) -> None:
+    """Begin the curves of the tracker that `run.tracker` names, if any, or go on with those of a run that goes on."""
+    if not accelerator.log_with or not accelerator.is_main_process:
         return
-    wandb = {"name": config.run.wandb_name, "mode": config.run.wandb_mode}
-    init = {"wandb": {name: value for name, value in wandb.items() if value is not None}}
-    project = config.run.wandb_project if config.run.tracker == "wandb" else None
-    accelerator.init_trackers(project or "tensorboard", init_kwargs=init)
+    run, folder = config.run, Path(output_dir)
+    name = run.wandb_name or folder.resolve().name
+    wandb = {"name": name, "dir": str(folder), "id": _tracker_id(folder), "resume": "allow"}
+    if run.wandb_mode is not None:
+        wandb["mode"] = run.wandb_mode
+    if run.tracker in ("auto", "tensorboard"):
+        accelerator.init_trackers("tensorboard")
+        return
+    init = {"wandb": wandb, "trackio": {"name": name, "resume": "allow"}}
+    accelerator.init_trackers(run.wandb_project or "spidr", config=config.to_dict(), init_kwargs=init)
+
+
+def _tracker_id(folder: Path) -> str:
+    """A name for the run of this folder that no other run has."""
+    path = folder / ".tracker_id"
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8")
 
 
 def autocast(config: PretrainingConfig, device: torch.device) -> torch.autocast:
@@ -120,8 +138,11 @@ def drop_frozen(optimizer: torch.optim.Optimizer) -> None:
 
 
 def distribute(model: SpidrForPretraining, accelerator: Accelerator) -> nn.Module:
-    """The model as the processes share it; wrapped anew after the freeze, since gradients that never come block it."""
-    if accelerator.num_processes == 1:
+    """The model as the processes share it: in DDP, or as it is where there is one process or it is sharded.
+
+    It is to be wrapped anew after the freeze, since gradients that never come block DDP.
+    """
+    if accelerator.num_processes == 1 or is_sharded(model):
         return model
     gc.collect()  # an earlier wrapping's hooks go with it
     device = accelerator.device
@@ -146,11 +167,21 @@ def distribute(model: SpidrForPretraining, accelerator: Accelerator) -> nn.Modul
     return wrapped
 
 
-def compile_layers(model: SpidrForPretraining) -> None:
-    """Compile each transformer layer of student and teacher: one small graph, used many times."""
+def compile_layers(model: SpidrForPretraining, **options: Any) -> None:
+    """Compile each transformer layer of student and teacher: one small graph, used many times.
+
+    Batches and lengths are symbols from the start, so that no length costs a compilation. What lies around the layers
+    gains little: it is matrix products and own kernels already. `options` go to `torch.compile`.
+    """
     for encoder in (model.spidr.encoder, model.teacher):
         for layer in encoder.layers:
-            layer.compile()
+            layer.compile(dynamic=True, **options)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Where compiled code goes, to be found by the next start; variables that say otherwise hold."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute() / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder.absolute() / "triton"))
 
 
 @torch.no_grad()
@@ -161,8 +192,8 @@ def scale_and_clip(parameters: Sequence[nn.Parameter], scale: Tensor, max_norm: 
     mean over all frames of all processes (whose gradients DDP has averaged).
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    norm = torch.linalg.vector_norm(torch.stack(norms)) * scale
+    norm = global_norm(gradients) * scale
+    gradients = [local_shard(gradient) for gradient in gradients]
     torch._foreach_mul_(gradients, scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
 
@@ -179,13 +210,17 @@ class StepResult:
     layer_losses: list[float]
     active_codewords: list[float]
 
+    @staticmethod
+    def send(statistics: SpidrTrainingStatistics, grad_norm: Tensor) -> "PendingResult":
+        """Begin to fetch the numbers from the device, in one transfer. They are the same on every process."""
+        scalars = torch.stack([statistics.loss, statistics.target_ppl, statistics.pred_ppl, grad_norm])
+        values = torch.cat([scalars, statistics.layer_losses, statistics.active_codewords])
+        return PendingResult(HostCopy(values), len(statistics.layer_losses))
+
     @classmethod
     def fetch(cls, statistics: SpidrTrainingStatistics, grad_norm: Tensor) -> "StepResult":
-        """The numbers from the device, in one transfer. They are the same on every process."""
-        scalars = torch.stack([statistics.loss, statistics.target_ppl, statistics.pred_ppl, grad_norm])
-        values = torch.cat([scalars, statistics.layer_losses, statistics.active_codewords]).tolist()
-        middle = 4 + len(statistics.layer_losses)
-        return cls(*values[:4], values[4:middle], values[middle:])
+        """The numbers from the device, waiting for them."""
+        return cls.send(statistics, grad_norm).result()
 
     @property
     def finite(self) -> bool:
@@ -195,6 +230,21 @@ class StepResult:
     def as_dict(self) -> dict[str, float | list[float]]:
         """By name."""
         return dataclasses.asdict(self)
+
+
+@dataclass
+class PendingResult:
+    """A `StepResult` on its way from the device."""
+
+    values: HostCopy
+    codebooks: int
+
+    def result(self) -> StepResult:
+        """The numbers, once they are there."""
+        values = self.values.tolist()
+        middle = 4 + self.codebooks
+        loss, target_ppl, pred_ppl, grad_norm = values[:4]
+        return StepResult(loss, target_ppl, pred_ppl, grad_norm, values[4:middle], values[middle:])
 
 
 class LossScale:
@@ -293,6 +343,21 @@ def gather_all(values: Sequence[Any]) -> list[Any]:
     return [value for part in gathered for value in part]
 
 
+def whole_model(model: SpidrForPretraining, keep: bool = True) -> SpidrForPretraining:
+    """The model itself, or where it is sharded a whole copy in main memory, for the processes that `keep` it.
+
+    Every process of a sharded model must call it.
+    """
+    if not is_sharded(model):
+        return model
+    tensors = whole_copies(model.state_dict(), keep)
+    with torch.device("meta"):
+        whole = SpidrForPretraining(model.config)
+    if keep:
+        whole.load_state_dict(tensors, assign=True)
+    return whole
+
+
 def save_final(model: SpidrForPretraining, folder: str | Path, config: PretrainingConfig, summary: str) -> None:
     """A Hub-ready model folder: weights, config, feature extractor, code files and a card."""
     with replaced_folder(Path(folder)) as partial:
@@ -305,6 +370,7 @@ def save_final(model: SpidrForPretraining, folder: str | Path, config: Pretraini
 __all__ = [
     "CollapseWatch",
     "LossScale",
+    "PendingResult",
     "StepResult",
     "autocast",
     "compile_layers",
@@ -313,6 +379,7 @@ __all__ = [
     "exclude_parameters",
     "gather_all",
     "initial_model",
+    "keep_compiled",
     "make_accelerator",
     "make_optimizer",
     "save_final",
@@ -320,4 +387,5 @@ __all__ = [
     "small_batch_note",
     "spidr_name",
     "start_trackers",
+    "whole_model",
 ]

@@ -46,9 +46,9 @@ def _one_of(choices: Sequence[str]) -> dict[str, Any]:
     return {"check": lambda value: value in choices, "allowed": "one of " + ", ".join(map(repr, choices))}
 
 
-_POSITIVE = {"check": lambda value: value > 0, "allowed": "positive"}
-_NOT_NEGATIVE = {"check": lambda value: value >= 0, "allowed": "at least 0"}
-_SHARE = {"check": lambda value: 0 <= value <= 1, "allowed": "in [0, 1]"}
+_POSITIVE: dict[str, Any] = {"check": lambda value: value > 0, "allowed": "positive"}
+_NOT_NEGATIVE: dict[str, Any] = {"check": lambda value: value >= 0, "allowed": "at least 0"}
+_SHARE: dict[str, Any] = {"check": lambda value: 0 <= value <= 1, "allowed": "in [0, 1]"}
 
 
 @dataclass
@@ -65,12 +65,25 @@ class RunSection:
         check=lambda value: value == -1 or value > 0,
         allowed="-1 or positive",
     )
+    validate_interval: int = option(
+        0,
+        "ours: steps between validations on [validation.<name>] by the training processes themselves; 0: leave it to "
+        "examples/validate.py, which does not stop training",
+        **_NOT_NEGATIVE,
+    )
     init_ckpt: str | None = option(
         None,
         "start from these weights, codebooks and teacher: a SpidR .pt file or a model folder; steps, schedules and "
         "freeze begin at 0",
     )
-    compile: bool = option(True, "compile the transformer layers (CUDA only; ignored on CPU, where it does not pay)")
+    compile: bool = option(
+        True,
+        "compile the transformer layers (CUDA only; ignored on CPU, where it does not pay); what is compiled stays in "
+        "the run's folder, or in TORCHINDUCTOR_CACHE_DIR, for the next start",
+    )
+    kernels: bool = option(
+        True, "ours: own Triton kernels for norms, positional convolutions and codebooks (CUDA with Triton only)"
+    )
     use_deterministic: bool = option(False, "deterministic algorithms on GPU too, at some cost in speed")
     tracker: str = option(
         "auto",
@@ -80,19 +93,51 @@ class RunSection:
     max_nonfinite_steps: int = option(
         10, "ours: stop after this many updates in a row with a non-finite loss or gradient", **_POSITIVE
     )
-    workdir: str | None = option(None, "no meaning here: `--output-dir` says where the run goes")
-    wandb_project: str | None = option(None, "project name, with `tracker = 'wandb'`")
-    wandb_name: str | None = option(None, "run name, with `tracker = 'wandb'`")
+    plot_minutes: float = option(
+        5.0, "ours: minutes between pictures of the curves, curves.png in the run's folder; 0: none", **_NOT_NEGATIVE
+    )
+    profile_steps: str | None = option(
+        None,
+        "ours: profile these steps, for example '100:105', into profile/ in the run's folder",
+        check=lambda value: _is_step_range(value),
+        allowed="the first and the last step, for example '100:105'",
+    )
+    push_to_hub: str | None = option(
+        None,
+        "ours: 'user/name' of a repository on the Hub (made private where there is none) that gets the model of every "
+        "checkpoint, in the background, and the final one",
+        check=lambda value: value.count("/") <= 1 and all(value.split("/")),
+        allowed="a repository's name, 'user/name'",
+    )
+    workdir: str | None = option(
+        None, "no meaning here: `--output-dir` says where the run goes (examples/slurm/submit.py reads it)"
+    )
+    wandb_project: str | None = option(None, "project name, with any tracker but TensorBoard (default: 'spidr')")
+    wandb_name: str | None = option(None, "run name, with `tracker = 'wandb'` or 'trackio' (default: the run's folder)")
     wandb_mode: str | None = option(None, "'online' or 'offline', with `tracker = 'wandb'`")
-    slurm_validation: dict[str, Any] | None = option(None, "no meaning here")
+    slurm_validation: dict[str, Any] | None = option(
+        None, "options of sbatch for a validation job of its own, which examples/slurm/submit.py submits"
+    )
 
 
 @dataclass
 class DataSection:
     """`[data]`: the audio and how it becomes batches."""
 
-    manifest: str | None = option(
-        None, "manifest (.csv, .jsonl, .tsv), folder of audio files, uncompressed tar, or data set (name:config:split)"
+    manifest: str | list[str] | None = option(
+        None,
+        "manifest (.csv, .jsonl, .tsv), folder of audio files, uncompressed tar, or data set (name:config:split); "
+        'ours: several of these as a list, for example \'["a.csv", "b.csv"]\'',
+        check=lambda value: len(value) > 0,
+        allowed="a source, or a list of at least one",
+    )
+    weights: list[float] | None = option(
+        None,
+        "ours: with a list, how many times an epoch has each utterance of each source, for example '[2, 0.5]': the "
+        "first twice (other crops), the second in every other epoch. A source's share of the audio is in proportion to "
+        "weight x hours. Default: 1 each",
+        check=lambda value: all(weight > 0 for weight in value),
+        allowed="a list of positive numbers (leave out a source that is not wanted)",
     )
     enable_padding: bool = option(False, "pad batches to their longest utterance instead of cropping to the shortest")
     rand_crop: bool = option(True, "crop at a random place; otherwise utterances keep their beginning")
@@ -110,13 +155,24 @@ class DataSection:
     prefetch_factor: int = option(2, "batches that each of them prepares ahead", **_POSITIVE)
     pin_memory: bool = option(True, "batches in page-locked memory, for faster copies to the GPU")
     resample: bool = option(False, "ours: take audio of any rate and number of channels, instead of refusing it")
+    streaming: bool = option(
+        False,
+        "ours: read the data set (name:config:split) as it comes instead of downloading it; order and batches then "
+        "depend on the numbers of processes and workers, which must stay the same when a run is resumed",
+    )
+    shuffle_buffer: int = option(
+        1000,
+        "ours, with `streaming`: utterances that each worker holds, as they are stored, to make batches of similar "
+        "length from (256 MiB of them at most)",
+        **_POSITIVE,
+    )
     max_skipped_share: float = option(
         0.5,
         "ours: stop when more than this share of the audio cannot be read (it is listed in skipped.jsonl)",
         **_SHARE,
     )
     persistent_workers: bool = option(True, "no meaning here: workers always persist")
-    alignments_path: str | None = option(None, "no meaning here")
+    alignments_path: str | None = option(None, "phones, in [validation.<name>]; no meaning in [data]")
 
 
 @dataclass
@@ -197,7 +253,7 @@ class PretrainingConfig:
     Attributes:
         run, data, optimizer, masking: the sections.
         model: `[model]` as our own config, objective included.
-        validation: further data sets by name, each with `[data]`'s fields.
+        validation: further data sets by name, each with `[data]`'s fields (see `INHERITED`).
         notes: what a user should know about the file, one sentence each.
     """
 
@@ -229,11 +285,31 @@ class PretrainingConfig:
 
 _SECTIONS = {"run": RunSection, "data": DataSection, "optimizer": OptimizerSection, "masking": MaskingSection}
 _NO_MEANING = {
-    "run": ("workdir", "slurm_validation"),
+    "run": ("workdir",),
     "data": ("persistent_workers", "alignments_path"),
     "masking": tuple(f.name for f in fields(MaskingSection) if "channel" in f.name),
 }
 _WANDB = ("wandb_project", "wandb_name", "wandb_mode")
+# What [validation.<name>] takes over from [data] where it does not say otherwise.
+INHERITED = (
+    "normalize",
+    "resample",
+    "min_sample_size",
+    "max_sample_size",
+    "max_batch_length",
+    "num_workers",
+    "max_skipped_share",
+)
+# What a data set that is only validated on has no use for: its batches are padded, in a fixed order, made once.
+_TRAINING_ONLY = (
+    "enable_padding",
+    "num_buckets",
+    "bucket_method",
+    "drop_last",
+    "prefetch_factor",
+    "pin_memory",
+    "persistent_workers",
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainingConfig:
@@ -264,6 +340,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainingC
     config = make_config(sections)
     for data in (config.data, *config.validation.values()):
         data.manifest = _beside(data.manifest, path)
+        data.alignments_path = _beside(data.alignments_path, path)
     config.run.init_ckpt = _beside(config.run.init_ckpt, path)
     return config
 
@@ -274,8 +351,9 @@ def make_config(sections: Mapping[str, Mapping[str, Any]]) -> PretrainingConfig:
         if name not in _known_sections():
             raise ConfigError(f"Unknown section [{name}].{_hint(name, _known_sections())}")
     built = {name: _section(cls, name, sections.get(name, {})) for name, cls in _SECTIONS.items()}
+    inherited = {name: value for name, value in sections.get("data", {}).items() if name in INHERITED}
     validation = {
-        name: _section(DataSection, f"validation.{name}", values)
+        name: _section(DataSection, f"validation.{name}", {**inherited, **values})
         for name, values in sections.get("validation", {}).items()
         if _is_table(f"validation.{name}", values)
     }
@@ -337,13 +415,16 @@ def describe_fields() -> str:
             lines.append(f"  {f.name}: {f.metadata['doc']}{shown}")
     lines.append("[model]")
     lines.append(f"  SpidR's names: {', '.join(MODEL_SECTION_FIELDS)}")
-    lines.append("[validation.<name>]\n  as [data]")
+    lines.append(
+        "[validation.<name>]\n  data sets to validate on: fields of [data], whose values for "
+        f"{', '.join(INHERITED)} hold here too; alignments_path: their phones, for the units' purity and PNMI"
+    )
     return "\n".join(lines)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Fields in which two `PretrainingConfig.to_dict` differ: name -> (old value, new value)."""
-    changed = {}
+    changed: dict[str, tuple[Any, Any]] = {}
     for name in sorted({*old, *new}):
         before, after = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
@@ -394,6 +475,11 @@ def _known_sections() -> tuple[str, ...]:
     return ("run", "data", "model", "optimizer", "masking", "validation")
 
 
+def _is_step_range(value: str) -> bool:
+    first, _, last = value.partition(":")
+    return first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)
+
+
 def _hint(name: Any, known: Sequence[str]) -> str:
     nearest = get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f" Did you mean {nearest[0]!r}?" if nearest else f" Known: {', '.join(known)}."
@@ -426,9 +512,12 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
     arguments = typing.get_args(kind)
     optional = isinstance(kind, types.UnionType) and type(None) in arguments
     if optional:
-        kind = next(argument for argument in arguments if argument is not type(None))
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
             return None
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        # Of `str | list[str]`, what is a list or spells one is a list.
+        spelled = _parsed(value) if isinstance(value, str) and value.startswith("[") else value
+        kind = next((k for k in kinds if typing.get_origin(k) is list and isinstance(spelled, list)), kinds[0])
     if kind is str:
         if isinstance(value, str):
             return value
@@ -475,6 +564,7 @@ def _check_together(config: PretrainingConfig) -> None:
             raise ConfigError(
                 f"`{name}.manifest` is missing: a manifest (.csv, .jsonl, .tsv), a folder of audio files, or a tar."
             )
+        _check_sources(name, data)
         if data.min_sample_size > data.max_sample_size:
             raise ConfigError(
                 f"`{name}.min_sample_size` ({data.min_sample_size}) exceeds `max_sample_size` ({data.max_sample_size})."
@@ -495,11 +585,28 @@ def _check_together(config: PretrainingConfig) -> None:
         raise ConfigError("[model]: `num_codebooks` is 0: there is nothing to predict.")
 
 
+def _check_sources(name: str, data: DataSection) -> None:
+    count = len(data.manifest) if isinstance(data.manifest, list) else None
+    if count is not None and name != "data":
+        raise ConfigError(f"`{name}.manifest` takes one source. Give each a section of its own.")
+    if data.streaming and (count is not None or Path(str(data.manifest)).suffix in (".csv", ".jsonl", ".tsv", ".tar")):
+        raise ConfigError(
+            f"`{name}.streaming` takes one data set, name:config:split, in `{name}.manifest`. Manifests and tars are "
+            "read where they lie, without it."
+        )
+    if data.streaming and name != "data":
+        raise ConfigError(f"`{name}.streaming`: validation needs lengths beforehand. Download the data set.")
+    if data.weights is not None and count is None:
+        raise ConfigError(f"`{name}.weights` goes with a list of sources in `{name}.manifest`.")
+    if data.weights is not None and len(data.weights) != count:
+        raise ConfigError(f"`{name}.weights` has {len(data.weights)} numbers for {count} sources.")
+
+
 def _without_meaning(sections: Mapping[str, Mapping[str, Any]], config: PretrainingConfig) -> list[str]:
     """The fields of a file that nothing reads."""
     no_meaning = dict(_NO_MEANING)
     if config.run.tracker != "wandb":
-        no_meaning["run"] += _WANDB
+        no_meaning["run"] += _WANDB if config.run.tracker in ("auto", "tensorboard", "none") else _WANDB[2:]
     ignored = [
         f"{section}.{name}"
         for section, names in no_meaning.items()
@@ -508,7 +615,9 @@ def _without_meaning(sections: Mapping[str, Mapping[str, Any]], config: Pretrain
     ]
     if config.model.objective == "dinosr":
         ignored += [f"model.{name}" for name in SPIDR_ONLY_FIELDS if name in sections.get("model", {})]
-    return ignored + [f"[validation.{name}]" for name in config.validation]
+    for name, values in sections.get("validation", {}).items():
+        ignored += [f"validation.{name}.{field}" for field in values if field in _TRAINING_ONLY]
+    return ignored
 
 
 def _section_dict(section: Any) -> dict[str, Any]:
@@ -523,8 +632,10 @@ def _in_spidr_names(message: str) -> str:
     return message
 
 
-def _beside(value: str | None, config_path: Path) -> str | None:
-    """A path in a config: in the working folder, else beside the config."""
+def _beside(value: str | list[str] | None, config_path: Path) -> Any:
+    """A path in a config (or several): in the working folder, else beside the config."""
+    if isinstance(value, list):
+        return [_beside(item, config_path) for item in value]
     if value is None or os.path.exists(value):
         return value
     beside = config_path.absolute().parent / value
@@ -533,6 +644,7 @@ def _beside(value: str | None, config_path: Path) -> str | None:
 
 __all__ = [
     "DTYPES",
+    "INHERITED",
     "ConfigError",
     "DataSection",
     "MaskingSection",

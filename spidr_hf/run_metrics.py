@@ -22,6 +22,7 @@ from .data import Batch, SkippedFiles
 from .manifests import Skipped
 from .pretraining import CollapseWatch, StepResult, gather_all, start_trackers
 from .run_config import PretrainingConfig
+from .run_pictures import CurvesPicture
 from .run_state import TrainerState
 
 # Columns that are means over the steps since the row before.
@@ -109,9 +110,10 @@ class Reporter:
         self._accelerator = accelerator
         for note in notes:
             self.say(note)
-        start_trackers(accelerator, config)
+        start_trackers(accelerator, config, output_dir)
         self._interval = config.run.log_interval
         self._file = MetricsFile(output_dir / "metrics.jsonl", state.step) if is_main else None
+        self._picture = CurvesPicture(output_dir, config.model, config.run.plot_minutes if is_main else 0)
         self._averages = Averages(state.metrics)
         self._watch = CollapseWatch(state.collapse)
         self.skipped = SkippedFiles(output_dir / "skipped.jsonl" if is_main else None, config.data.max_skipped_share)
@@ -153,12 +155,17 @@ class Reporter:
         }
         if self._file is not None:
             self._file.write(row)
+        self._picture.update()
         if means:
-            self._accelerator.log(_curves(row), step=step)
+            self._accelerator.log(curves(row), step=step)
             self.say(self._watch.look(means["target_ppl"], means["active_codewords"]))
         self._averages.reset()
         self._restart_window()
         self.skipped.add([entry for skipped, _, _ in seen for entry in skipped], sum(tried for _, tried, _ in seen))
+
+    def pause(self, seconds: float) -> None:
+        """Take note of seconds that were spent on something else than training (validation)."""
+        self._since += seconds
 
     def say(self, message: str | None) -> None:
         """Print a line above the progress bar, from the first process only."""
@@ -174,6 +181,7 @@ class Reporter:
         self._bar.close()
         if self._file is not None:
             self._file.close()
+        self.say(self._picture.finish())
 
     def _restart_window(self) -> None:
         self._seen: list[tuple[list[Skipped], int, int]] = []
@@ -181,9 +189,9 @@ class Reporter:
         self._since = time.perf_counter()
 
 
-def _curves(row: Mapping[str, Any]) -> dict[str, float]:
+def curves(row: Mapping[str, Any]) -> dict[str, float]:
     """A row as single numbers, for trackers; lists become one curve per codebook."""
-    curves = {}
+    curves: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, list):
             curves |= {f"{name}/{index}": item for index, item in enumerate(value)}
@@ -192,4 +200,4 @@ def _curves(row: Mapping[str, Any]) -> dict[str, float]:
     return curves
 
 
-__all__ = ["Averages", "MetricsFile", "Reporter"]
+__all__ = ["Averages", "MetricsFile", "Reporter", "curves"]

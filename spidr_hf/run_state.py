@@ -5,11 +5,13 @@ A checkpoint is a folder `checkpoints/step_N` with the model (loadable by `from_
 so that a folder of that name is always complete; one damaged later is recognised by its checksums and passed over.
 """
 
+import atexit
 import ctypes
 import dataclasses
 import fcntl
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -17,7 +19,7 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .files import replaced_folder
+from .sharding import is_sharded, shard_like, whole_tensor
+from .transfers import HostCopy
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +62,7 @@ class TrainerState:
         metrics: sums since the last row of metrics.jsonl.
         collapse: state of `pretraining.CollapseWatch`.
         nonfinite_in_a_row, skipped_steps: updates skipped for a non-finite loss or gradient, in a row and in all.
+        stream: where streamed audio stands (`feeds.StreamFeed`).
     """
 
     step: int = 0
@@ -71,6 +76,7 @@ class TrainerState:
     collapse: dict[str, Any] = field(default_factory=dict)
     nonfinite_in_a_row: int = 0
     skipped_steps: int = 0
+    stream: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,12 +102,16 @@ class Checkpoints:
         folder: made when the first one is written.
         keep_latest: how many to keep; -1: all.
 
-    Only one process may write. Writing happens in a thread while training goes on; its errors come out of `wait`.
+        writes: only one process may; the others of a sharded model take part in `save` with what they hold.
+
+    Writing happens in a thread while training goes on; its errors come out of `wait`.
     """
 
-    def __init__(self, folder: str | Path, keep_latest: int = -1):
+    def __init__(self, folder: str | Path, keep_latest: int = -1, writes: bool = True):
         self.folder = Path(folder)
         self.keep_latest = keep_latest
+        self.writes = writes
+        self.on_written: Callable[[Path], None] | None = None  # gets the folder of every complete checkpoint
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
 
@@ -121,15 +131,20 @@ class Checkpoints:
         return None
 
     def save(self, state: TrainerState, model: nn.Module, optimizer: Optimizer, *, wait: bool = False) -> None:
-        """Take a copy of everything now and write it in the background.
+        """Take a copy of everything now and write it in the background. Every process calls it.
 
         Raises `RunFolderError` when the checkpoint before this one could not be written.
         """
         self.wait()
+        if not self.writes and not is_sharded(model):
+            return
+        moments = optimizer_tensors(optimizer, {p: name for name, p in model.named_parameters()})
         tensors = {
-            MODEL_FILE: _snapshot(model.state_dict()),
-            OPTIMIZER_FILE: _snapshot(optimizer_tensors(optimizer, {p: name for name, p in model.named_parameters()})),
+            MODEL_FILE: whole_copies(model.state_dict(), self.writes),
+            OPTIMIZER_FILE: whole_copies(moments, self.writes),
         }
+        if not self.writes:
+            return
         config = model.config.to_json_string() if hasattr(model, "config") else None
         self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = self._writer.submit(self._write, dataclasses.replace(state), tensors, config)
@@ -166,6 +181,8 @@ class Checkpoints:
             files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
             content = {"version": 1, **dataclasses.asdict(state), "files": files}
             (partial / STATE_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        if self.on_written is not None:
+            self.on_written(folder)
         if self.keep_latest > 0:
             for step in self.steps()[: -self.keep_latest]:
                 if step != state.step:
@@ -191,11 +208,22 @@ def load_optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str], te
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in content["param_groups"] for index in group["params"]]
     content["state"] = {
-        index: moments[names[parameter]]
+        index: {moment: shard_like(value, parameter) for moment, value in moments[names[parameter]].items()}
         for index, parameter in zip(indices, parameters, strict=True)
         if names[parameter] in moments
     }
     optimizer.load_state_dict(content)
+
+
+def whole_copies(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Copies in main memory, independent of what training does next. Shards are put together: every process of a
+    sharded model calls this, in which those that do not `keep` get nothing."""
+    copies = {}
+    for name, tensor in tensors.items():
+        whole = whole_tensor(tensor.detach())
+        if keep:
+            copies[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return copies
 
 
 class RunLock:
@@ -242,7 +270,7 @@ class StopSignal:
     def __init__(self, device: torch.device | str = "cpu"):
         self.received: str | None = None
         self._device = device
-        self._pending: tuple[Any, Tensor] | None = None
+        self._pending: tuple[Any, HostCopy | Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
@@ -255,11 +283,14 @@ class StopSignal:
             return self.received is not None
         stop = False
         if self._pending is not None:
-            work, flag = self._pending
+            work, answer = self._pending
             work.wait()
-            stop = bool(flag.item())
+            stop = bool(answer.tolist()[0])
         flag = torch.full((1,), float(self.received is not None), device=self._device)
-        self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        if flag.is_cuda:
+            work.wait()  # the GPU does, and then copies; Python asks for the copy next time
+        self._pending = (work, HostCopy(flag) if flag.is_cuda else flag)
         return stop
 
     def finish(self) -> None:
@@ -294,12 +325,28 @@ def die_with_launcher() -> None:
         die_with_parent(signal.SIGTERM)
 
 
-def _snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in main memory, independent of what training does next."""
-    return {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+def kill_workers_at_exit() -> None:
+    """When this process ends, by an error too, the processes that decode audio for it are killed.
+
+    They ignore SIGTERM, since the whole job may be sent it; Python would send it to them and wait for them forever.
+    """
+
+    def kill() -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    atexit.register(kill)
+
+
+def contact_lost(error: RuntimeError) -> str | None:
+    """What to tell the user where an error means that another process is gone; None for any other error."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, dist.DistError) and "gloo/transport" not in text:
+        return None
+    return (
+        f"contact with the other processes is lost ({text[:300]}). Their output, or that of their machines, says why. "
+        "The same command goes on from the newest checkpoint."
+    )
 
 
 def _read_state(folder: Path) -> TrainerState:
@@ -326,8 +373,11 @@ __all__ = [
     "RunLock",
     "StopSignal",
     "TrainerState",
+    "contact_lost",
     "die_with_launcher",
     "die_with_parent",
+    "kill_workers_at_exit",
     "load_optimizer_tensors",
     "optimizer_tensors",
+    "whole_copies",
 ]

@@ -201,7 +201,8 @@ class NGrams:
     @classmethod
     def count(cls, sequences: Iterable[Sequence[int]], num_units: int) -> "NGrams":
         """Count sequences; `num_units` stands for their end, `num_units` + 1 for what is before their start."""
-        unigrams, bigrams = np.ones(num_units + 1), defaultdict(lambda: defaultdict(int))
+        unigrams = np.ones(num_units + 1)
+        bigrams: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
         for sequence in sequences:
             previous = num_units + 1
             for unit in (*sequence, num_units):
@@ -277,8 +278,8 @@ def read_pairs(
     pairs: list[Pair] = []
     if {"positive", "negative"} <= set(columns):
         for number, row in enumerate(rows, start=2):
-            texts = [sequence(row[side] or "", number) for side in ("positive", "negative")]
-            pairs.append(Pair(*texts, name=str(number), group=row[group] if group else ""))
+            positive, negative = (sequence(row[side] or "", number) for side in ("positive", "negative"))
+            pairs.append(Pair(positive, negative, name=str(number), group=row[group] if group else ""))
     elif {"id", "filename", "correct"} <= set(columns):
         members: dict[tuple[str, str], dict[bool, list[tuple[int, dict]]]] = defaultdict(lambda: defaultdict(list))
         for number, row in enumerate(rows, start=2):
@@ -288,8 +289,9 @@ def read_pairs(
                 raise ValueError(f"{path}: {name!r} has no pair of a correct and an incorrect sequence.")
             for right_number, right in sides[True]:
                 for wrong_number, wrong in sides[False]:
-                    texts = sequence(right["filename"], right_number), sequence(wrong["filename"], wrong_number)
-                    pairs.append(Pair(*texts, name=name, group=right[group] if group else ""))
+                    positive = sequence(right["filename"], right_number)
+                    negative = sequence(wrong["filename"], wrong_number)
+                    pairs.append(Pair(positive, negative, name=name, group=right[group] if group else ""))
     else:
         raise ValueError(
             f"{path} has the columns {', '.join(columns) or '(none)'}; expected positive and negative, or id, filename "

@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 
 from conversion.cards import write_card
 from conversion.sources import CARDS, published
 from spidr_hf import SpidrConfig
+from spidr_hf.model_card import model_card
 
 NAMES = {"spidr-base", "dinosr-base", "dinosr-original", "spidr-vp20", "spidr-mmsulab"}
 LICENSES = {
@@ -70,6 +72,38 @@ def test_an_unknown_checkpoint_claims_nothing() -> None:
     assert "layers 3 to 4" in text and "`step_9.pt`" in text
     assert "## Results" not in text and "## Training data" not in text
     assert "eprint = {2305.10005}" in text
+
+
+def all_cards() -> dict[str, str]:
+    """Every kind of card: of published checkpoints, of one that is not known, of a model that was trained here."""
+    unknown = write_card(SpidrConfig(), model_id="my-model", origin="step_9.pt")
+    trained = model_card(SpidrConfig(), "It was trained.", "[run]\n")
+    return {**{name: card(name) for name in NAMES}, "unknown": unknown, "trained": trained}
+
+
+@pytest.mark.parametrize("name", [*sorted(NAMES), "unknown", "trained"])
+def test_metadata_keeps_the_rules_of_the_hub(name: str) -> None:
+    """What the Hub's own validation, which needs the network, refuses or warns of."""
+    content = all_cards()[name]
+    assert content.startswith("---\n") and content.count("\n---\n") == 1
+    metadata = ModelCard(content).data.to_dict()
+    assert ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n").data.to_dict() == metadata
+    assert set(metadata) <= {
+        *("library_name", "pipeline_tag", "tags", "language", "datasets"),
+        *("license", "license_name", "license_link"),
+    }
+    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "feature-extraction"
+    assert all(isinstance(tag, str) and 0 < len(tag) <= 50 for tag in metadata["tags"])
+    for language in metadata.get("language", ()):
+        assert isinstance(language, str) and re.fullmatch(r"[a-z]{2,3}|multilingual", language)
+    for dataset in metadata.get("datasets", ()):
+        validate_repo_id(dataset)
+    assert metadata.get("license") in {None, "other", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"}  # names of the Hub's list
+    if metadata.get("license") == "other":
+        assert re.fullmatch(r"[a-z0-9][a-z0-9.-]*", metadata["license_name"])
+        assert metadata["license_link"].startswith("https://")
+    if name in NAMES:
+        validate_repo_id(published()[name]["hub_id"])
 
 
 def test_code_in_cards_is_python() -> None:

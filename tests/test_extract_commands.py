@@ -247,7 +247,7 @@ def test_bad_input(command, model_folder, data, tmp_path):
         run_command(command, model_folder, data, out, "--layout", "discophon", "--language", "en", "--split", "x"),
         "ISO 639-3",
     )
-    fails(run_command(command, model_folder, data, out, "--window-seconds", 5), "longer than twice the context")
+    fails(run_command(command, model_folder, data, out, "--window-seconds", 3), "longer than twice the context")
     fails(run_command(command, model_folder, data, out, "--device", "gpu"), "gpu")
     (tmp_path / "file").write_text("")
     fails(run_command(command, model_folder, data, tmp_path / "file" / "out"), "Not a directory")

@@ -244,3 +244,14 @@ def test_the_command_on_bad_input(audio, tmp_path, write_manifest, source, outpu
     with pytest.raises(SystemExit, match=message):
         write_manifest(tmp_path / source, tmp_path / output)
     assert not (tmp_path / output).exists()
+
+
+def test_other_processes_map_the_cache_instead_of_getting_a_copy(audio, tmp_path):
+    cached = open_manifest(audio, cache=tmp_path / "data.arrow", progress=False)
+    pickled = pickle.dumps(cached)
+    assert len(pickled) < 500
+    same(pickle.loads(pickled), cached)
+    same(pickle.loads(pickle.dumps(scan_folder(audio, progress=False))), cached)
+    (tmp_path / "data.arrow").unlink()
+    with pytest.raises(ManifestError, match="was changed while it was in use"):
+        pickle.loads(pickled)

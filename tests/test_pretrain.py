@@ -1,149 +1,47 @@
-"""`examples/pretrain.py` from end to end: it runs, goes on where it was killed, and the number of processes changes
-nothing but the speed."""
+"""`examples/pretrain.py` from end to end: it runs, and goes on where it was killed. (The rest with real processes.)"""
 
-import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from runs import SCRIPT, assert_same_run, final, pretrain_here, rows, write_audio, write_config
 from safetensors.torch import load_file
 
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining, SpidrModel
 from spidr_hf.data import PretrainingBatches
-from spidr_hf.run_config import ConfigError, dump_toml, load_config
+from spidr_hf.run_config import ConfigError, load_config
+from spidr_hf.run_metrics import MetricsFile
 from spidr_hf.run_state import Checkpoints, RunFolderError, RunLock, StopSignal
 from spidr_hf.schedules import learning_rate
 from spidr_hf.spidr_fields import to_model_section
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "examples" / "pretrain.py"
 ROW = {
     "step", "epoch", "loss", "layer_losses", "target_ppl", "pred_ppl", "active_codewords", "grad_norm", "lr",
     "ema_decay", "audio_seconds_per_second", "world_size",
 }  # fmt: skip
-TINY = {
-    "run": {"model_type": "spidr", "log_interval": 1, "save_interval": 3, "compile": False, "tracker": "none"},
-    "data": {
-        "num_buckets": 3,
-        "max_sample_size": 8_000,
-        "max_batch_length": 16_000,
-        "num_workers": 0,
-    },
-    "model": {
-        "extractor_conv_layer_config": [
-            [16, 10, 5],
-            [16, 3, 2],
-            [16, 3, 2],
-            [16, 3, 2],
-            [16, 3, 2],
-            [16, 2, 2],
-            [16, 2, 2],
-        ],
-        "encoder_embed_dim": 32,
-        "encoder_pos_conv_groups": 4,
-        "encoder_num_layers": 3,
-        "encoder_num_heads": 2,
-        "encoder_ff_interm_features": 48,
-        "encoder_dropout": 0.1,
-        "encoder_attention_dropout": 0.1,
-        "encoder_layer_drop": 0.1,
-        "codebook_size": 12,
-        "num_codebooks": 2,
-        "codebook_decay": 0.7,
-        "ema_timescale": 10,
-        "freeze_step": 8,
-    },
-    "optimizer": {
-        "lr": 2e-3,
-        "dtype": "float32",
-        "max_steps": 12,
-        "warmup_steps": 3,
-        "hold_steps": 4,
-        "decay_steps": 5,
-    },
-    "masking": {"mask_length": 3},
-}
 
 
 @pytest.fixture(scope="session")
 def audio(tmp_path_factory) -> Path:
-    """Twenty short utterances: coloured noise with a melody, which is enough to train on."""
-    folder = tmp_path_factory.mktemp("pretrain") / "audio"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(20):
-        length = 5_000 + 250 * index
-        pitch = np.repeat(rng.choice([200, 400, 800, 1600], size=length // 800 + 1), 800)[:length]
-        wave = 0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / 16_000) + 0.02 * rng.standard_normal(length)
-        soundfile.write(folder / f"{index:02d}.flac", wave, 16_000)
-    return folder
+    return write_audio(tmp_path_factory.mktemp("pretrain") / "audio")
 
 
 @pytest.fixture
 def config(audio, tmp_path) -> Path:
-    sections = {name: dict(fields) for name, fields in TINY.items()}
-    sections["data"]["manifest"] = str(audio)
-    path = tmp_path / "tiny.toml"
-    path.write_text(dump_toml(sections))
-    return path
-
-
-@pytest.fixture(scope="session")
-def script():
-    """The command as a module."""
-    spec = importlib.util.spec_from_file_location("pretrain", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(ROOT))
-    spec.loader.exec_module(module)
-    return module
+    return write_config(tmp_path / "tiny.toml", audio)
 
 
 @pytest.fixture
-def pretrain(script, config, tmp_path):
+def pretrain(config, tmp_path):
     """`pretrain(name, *overrides)` runs it in this process, into a folder of that name, and returns the folder."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def run(name: str, *overrides: str) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
-        script.pretrain(load_config(config, overrides), tmp_path / name)
-        return tmp_path / name
-
-    yield run
-    signal.alarm(0)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def results(folder: Path) -> list[dict]:
-    """The rows without the one number that depends on the machine."""
-    return [{name: value for name, value in row.items() if name != "audio_seconds_per_second"} for row in rows(folder)]
-
-
-def final(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "final" / "model.safetensors")
-
-
-def assert_same_run(ours: Path, expected: Path) -> None:
-    """Losses and every tensor of the end, bit for bit."""
-    assert results(ours) == results(expected)
-    left, right = final(ours), final(expected)
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    return lambda name, *overrides: pretrain_here(config, tmp_path / name, *overrides)
 
 
 class Killed(BaseException):
@@ -251,6 +149,59 @@ def test_killed_while_a_checkpoint_is_written(pretrain, monkeypatch):
     assert_same_run(pretrain("torn"), expected)
 
 
+def test_a_full_disk_under_the_metrics(pretrain, monkeypatch):
+    expected = pretrain("whole")
+    write = MetricsFile.write
+
+    def full(self, row):
+        if row["step"] == 5:
+            with self.path.open("ab") as file:
+                file.write(b'{"step": 5, "lo')
+            raise OSError(28, "No space left on device")
+        write(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "write", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            pretrain("full")
+    assert_same_run(pretrain("full"), expected)
+
+
+def test_a_full_disk_under_the_final_save(pretrain, monkeypatch):
+    expected = pretrain("whole")
+
+    def full(self, folder, **_):
+        Path(folder, "model.safetensors").write_bytes(b"some")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SpidrForPretraining, "save_pretrained", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            pretrain("full")
+    assert [path.name for path in (expected.parent / "full").glob("*final*")] == []
+    assert_same_run(pretrain("full"), expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_between_accumulated_batches(pretrain, monkeypatch, capsys, number):
+    """The update is made with all of its batches, then saved; the run goes on with the next one."""
+    options = ["--optimizer.gradient_accumulation_steps", "3", "--optimizer.max_steps", "6"]
+    expected = pretrain("whole", *options)
+    getitem, count = PretrainingBatches.__getitem__, iter(range(1, 100))
+
+    def signalled(self, key):
+        if next(count) == 11:  # the second of the three batches of step 4
+            os.kill(os.getpid(), number)
+        return getitem(self, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainingBatches, "__getitem__", signalled)
+        folder = pretrain("told", *options)
+    assert f"{number.name}: saved step 4." in capsys.readouterr().err and not (folder / "final").exists()
+    assert Checkpoints(folder / "checkpoints").steps() == [3, 4] and len(rows(folder)) == 4
+    assert_same_run(pretrain("told", *options), expected)
+
+
 def test_killed_during_the_final_save(pretrain, monkeypatch):
     expected = pretrain("whole")
     with monkeypatch.context() as patch:
@@ -336,7 +287,7 @@ def test_starting_from_existing_weights(pretrain, tmp_path):
 
 
 def test_starting_from_a_spidr_checkpoint(pretrain, tmp_path):
-    fixture = ROOT / "tests" / "fixtures" / "parity" / "spidr-tiny"
+    fixture = Path(__file__).parent / "fixtures" / "parity" / "spidr-tiny"
     section = json.loads((fixture / "config.json").read_text())["model"]
     overrides = [text for name, value in section.items() for text in (f"--model.{name}", json.dumps(value).strip('"'))]
     folder = pretrain(
@@ -443,129 +394,6 @@ def test_a_second_run_in_the_same_folder_is_refused(pretrain, tmp_path, monkeypa
     finally:
         other.kill()
         other.wait()
-
-
-def command(config: Path, folder: Path, *options: str, processes: int = 1) -> list[str]:
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    many = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"] if processes > 1 else []
-    single = ["--num_processes", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]
-    return [*launch, *(many or single), str(SCRIPT), "--config", str(config), "--output-dir", str(folder), *options]
-
-
-def launch(*arguments, processes=1, **options) -> subprocess.Popen:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(*arguments, processes=processes),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == code, output
-    return output
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(config, tmp_path):
-    """Two processes = two accumulated batches = the same losses and state, through the freeze; resumed bit for bit."""
-    two = finish(launch(config, tmp_path / "two", processes=2))
-    assert "2 processes" in two
-    finish(launch(config, tmp_path / "one", "--optimizer.gradient_accumulation_steps", "2"))
-    ours, alone = rows(tmp_path / "two"), rows(tmp_path / "one")
-    assert {row["world_size"] for row in ours} == {2} and {row["world_size"] for row in alone} == {1}
-    for left, right in zip(ours, alone, strict=True):
-        for name in ("loss", "layer_losses", "target_ppl", "pred_ppl", "grad_norm"):
-            assert left[name] == pytest.approx(right[name], rel=1e-4), (left["step"], name)
-        assert (left["lr"], left["ema_decay"], left["epoch"]) == (right["lr"], right["ema_decay"], right["epoch"])
-    left, right = final(tmp_path / "two"), final(tmp_path / "one")
-    for name in left:
-        torch.testing.assert_close(
-            left[name], right[name], atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
-        )
-
-    finish(launch(config, tmp_path / "resumed", "--optimizer.max_steps", "7", processes=2))
-    finish(launch(config, tmp_path / "resumed", processes=2))
-    assert_same_run(tmp_path / "resumed", tmp_path / "two")
-
-    # On one process it goes on in the order it had.
-    finish(launch(config, tmp_path / "moved", "--optimizer.max_steps", "6", processes=2))
-    printed = finish(launch(config, tmp_path / "moved"))
-    assert "Updates were made of 2 x 1 batches (processes x accumulation) and now are of 1 x 1" in printed
-
-
-@pytest.mark.slow
-def test_three_processes_resume_bit_for_bit(config, tmp_path):
-    """With three, the order of DDP's sums shows."""
-    finish(launch(config, tmp_path / "whole", processes=3))
-    finish(launch(config, tmp_path / "resumed", "--optimizer.max_steps", "5", processes=3))
-    finish(launch(config, tmp_path / "resumed", processes=3))
-    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
-
-
-def wait_for_rows(process: subprocess.Popen, folder: Path, count: int) -> None:
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= count:
-            return
-        time.sleep(0.02)
-    process.kill()
-    raise AssertionError(process.communicate()[0])
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_real_kills(config, tmp_path, processes):
-    """SIGKILL to a training process, to the launcher, then SIGTERM to it: no process stays behind, nothing is lost,
-    and the run ends as if it had never been interrupted."""
-    options = ["--data.num_workers", "1", "--optimizer.max_steps", "60", "--run.save_interval", "7"]
-    finish(launch(config, tmp_path / "whole", *options, processes=processes))
-    for victim, number, count in (
-        ("process", signal.SIGKILL, 10),
-        ("launcher", signal.SIGKILL, 20),
-        ("launcher", signal.SIGTERM, 30),
-    ):
-        process = launch(config, tmp_path / "killed", *options, processes=processes)
-        wait_for_rows(process, tmp_path / "killed", count)
-        os.kill(process.pid if victim == "launcher" else children(process)[-1], number)
-        process.communicate(timeout=120)  # returns when the last of its processes has closed the pipe
-    assert len(rows(tmp_path / "killed")) < 60
-    finish(launch(config, tmp_path / "killed", *options, processes=processes))
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_signals_save_and_exit_cleanly(config, tmp_path):
-    """As SLURM sends them: to the training process itself."""
-    options = ["--optimizer.max_steps", "400", "--run.save_interval", "1000"]
-    command_line = [
-        sys.executable,
-        str(SCRIPT),
-        "--config",
-        str(config),
-        "--output-dir",
-        str(tmp_path / "run"),
-        *options,
-    ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        process = subprocess.Popen(
-            command_line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        before = len(rows(tmp_path / "run")) if (tmp_path / "run" / "metrics.jsonl").exists() else 0
-        wait_for_rows(process, tmp_path / "run", before + 3)
-        process.send_signal(number)
-        printed = finish(process)
-        (step, *_) = reversed(Checkpoints(tmp_path / "run" / "checkpoints").steps())
-        assert f"{number.name}: saved step {step}. The same command continues from there." in printed
-        assert len(rows(tmp_path / "run")) == step
 
 
 @pytest.mark.slow

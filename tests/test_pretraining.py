@@ -117,11 +117,11 @@ def test_results_are_fetched_in_one_piece():
     model = tiny_model().train()
     model(torch.randn(2, 4000), mask_time_indices=random_mask(2, 12))
     statistics = model.reduce_statistics()
-    result = StepResult.fetch(statistics, torch.tensor(2.0))
+    result = StepResult.send(statistics, torch.tensor(2.0)).result()
     assert result.finite and result.grad_norm == 2.0 and result.loss == statistics.loss.item()
     assert result.layer_losses == statistics.layer_losses.tolist()
     assert result.active_codewords == statistics.active_codewords.tolist()
-    assert not StepResult.fetch(statistics, torch.tensor(float("inf"))).finite
+    assert not StepResult.send(statistics, torch.tensor(float("inf"))).result().finite
     assert gather_all([1, 2]) == [1, 2]
 
 

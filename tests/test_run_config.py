@@ -95,12 +95,11 @@ def test_an_unmodified_file_of_spidr(path):
     for name in (
         "run.workdir",
         "run.wandb_name",
-        "run.slurm_validation",
         "data.alignments_path",
         "masking.mask_channel_prob",
     ):
         assert name in note
-    assert "run.random_seed" not in note and "data.manifest" not in note
+    assert "run.slurm_validation" not in note and "run.random_seed" not in note and "data.manifest" not in note
 
 
 def test_wandb_fields_have_a_meaning_with_wandb(path):

@@ -21,9 +21,11 @@ def test_every_direct_dependency_has_a_tested_version():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = dict(line.split("==") for line in lines)
     for requirement in requirements:
+        if requirement.name == "triton":
+            continue  # torch for CUDA brings the version it was built with
         assert requirement.name in pins, f"{requirement.name} is not in constraints.txt"
         assert pins[requirement.name] in requirement.specifier
-        assert version(requirement.name)  # `make` installs the extra `dev`, which has all of them
+        assert version(requirement.name)  # `make test` installs the extra `dev`, which has all of them
 
 
 @needs_make

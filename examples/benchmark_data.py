@@ -1,0 +1,101 @@
+#!/usr/bin/env python
+"""What the data of a pretraining run cost on this machine: start-up, memory, decoding and masks.
+
+    python examples/benchmark_data.py                        # a manifest of 1 M rows; a minute or two
+    python examples/benchmark_data.py --rows 10000000 --json out.json
+    python examples/benchmark_data.py --rows 281241 --batches 0
+
+Manifests are made on the fly. Decoding is of the speech in examples/data, put together to utterances of 12 s; its speed
+is that of one core, whatever else the machine does. The simulated run is by default three days of one GPU at 60 ms an
+update. Linux only, since memory is read from /proc.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+if not __package__:  # run as a command: `tests` lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from spidr_hf.data_measurements import (
+    decoding_speed,
+    draw_mask,
+    manifest_cost,
+    mask_seconds,
+    simulated_run,
+    write_made_manifest,
+)
+from spidr_hf.manifests import scan_tar
+from tests.reference_masking import reference_span_mask, reference_thin
+
+SPEECH = Path(__file__).resolve().parent / "data" / "small.tar"
+NEEDED = 4_000  # audio seconds per second that a GPU takes, at 60 ms an update of the recipe's batches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000], help="sizes of manifests (1000000)")
+    parser.add_argument("--workers", type=int, default=2, help="decoding workers whose memory is looked at (2)")
+    parser.add_argument("--batches", type=int, default=4_320_000, help="length of the simulated run; 0: none")
+    parser.add_argument("--utterances", type=int, default=40, help="utterances of 12 s to decode (40)")
+    parser.add_argument("--json", type=Path, help="write the numbers here, too")
+    args = parser.parse_args()
+    if min(args.rows) < 1 or args.workers < 1 or args.batches < 0 or args.utterances < 1:
+        parser.error("--rows, --workers and --utterances must be at least 1, --batches at least 0")
+    result: dict[str, object] = {"manifests": []}
+
+    with tempfile.TemporaryDirectory() as folder:
+        print(
+            f"{'manifest':>12}{'first start':>13}{'next start':>12}{'an epoch':>10}{'main process':>14}{'a worker':>10}"
+        )
+        for rows in args.rows:
+            path = Path(folder, f"{rows}.csv")
+            write_made_manifest(path, rows)
+            cost = manifest_cost(path, args.workers)
+            result["manifests"].append(asdict(cost))
+            print(
+                f"{rows:>7} rows{cost.first_start:>11.1f} s{cost.next_start:>10.1f} s{cost.epoch:>8.2f} s"
+                f"{cost.main_memory:>10.0f} MiB{cost.worker_memory:>6.1f} MiB",
+                flush=True,
+            )
+            path.unlink()
+            path.with_suffix(".arrow").unlink()
+
+    if args.batches:
+        run = simulated_run(batches=args.batches)
+        result["run"] = asdict(run)
+        print(
+            f"\n{run.batches} batches of 281241 utterances ({run.epochs} epochs): {run.seconds:.0f} s, memory grew by "
+            f"{run.growth:.1f} MiB",
+            flush=True,
+        )
+
+    source = scan_tar(SPEECH, progress=False)
+    speech = np.concatenate([source.read(index) for index in range(len(source))])
+    # Different pieces of it: none begins where another does.
+    starts = np.linspace(0, len(speech) - 12 * 16_000, args.utterances).astype(int)
+    with tempfile.TemporaryDirectory() as folder:
+        speed = decoding_speed(folder, [speech[start : start + 12 * 16_000] for start in starts])
+    result["decoding"] = asdict(speed)
+    print("\naudio seconds per second and core")
+    for name, value in (("FLAC files", speed.flac), ("tar by offset", speed.tar), ("whole batches", speed.batches)):
+        print(f"  {name:14}{value:7.0f}   {NEEDED / value:4.1f} cores for the {NEEDED} of a GPU")
+
+    def row_by_row(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return reference_thin(reference_span_mask(lengths, rng), rng)
+
+    ours, plain = mask_seconds(draw_mask), mask_seconds(row_by_row)
+    result["mask"] = {"milliseconds": 1000 * ours, "row_by_row_milliseconds": 1000 * plain}
+    print(f"\na mask of 20 x 600 frames: {1000 * ours:.2f} ms, row by row {1000 * plain:.1f} ms: {plain / ours:.0f} x")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"\nwritten to {args.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+#!/usr/bin/env python
+"""A page to record or upload speech, see its units, hear what they cover, and compare two recordings.
+
+    python examples/demo_app.py --model facebook/spidr-base
+    python examples/demo_app.py                                # the model that `make demo` leaves in runs/demo/final
+
+Then open the address that it prints. The page runs on this machine and asks nothing of any other: recordings are
+deleted when it stops. --share asks Gradio's server for a public address for it, and only then do data leave.
+
+Needs the extra `demo`: pip install 'spidr_hf[demo]'.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from spidr_hf import SpidrForAudioTokenization
+from spidr_hf.audio import SAMPLING_RATE, AudioError
+from spidr_hf.commands import clear_errors, device_of, load_model
+from spidr_hf.extraction import unit_layers
+from spidr_hf.units import describe_model
+
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "runs" / "demo" / "final"
+LABELS = ("A", "B")
+INTRODUCTION = """
+# Speech as units
+
+Record or upload up to a minute of speech. Each block below its spectrogram is a unit, one of the model's codewords:
+choose it to hear what it covers, and where else it occurs. A second recording is compared with the first.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", metavar="MODEL", help="model folders or names on the Hub to choose from")
+    parser.add_argument("--port", type=int, help="of the page's address (default: the first free one from 7860 on)")
+    parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--share", action="store_true", help="make the page public, by Gradio's server")
+    args = parser.parse_args()
+    with clear_errors(), tempfile.TemporaryDirectory(prefix="spidr_hf-page-") as folder:
+        if not args.model and not DEMO_MODEL.exists():
+            raise ValueError("Say which model: --model facebook/spidr-base, for example; or run `make demo` first.")
+        # Gradio reads these when it is imported: no telemetry, no look for a newer version, uploads that do not stay.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+        names = args.model or [str(DEMO_MODEL)]
+        models = {
+            name: load_model(SpidrForAudioTokenization, name, device=device_of(args.device))
+            for name in dict.fromkeys(names)
+        }
+        launch(models, args.port, args.share)
+
+
+def launch(models: dict[str, Any], port: int | None, share: bool) -> None:
+    """Show the page until Ctrl-C."""
+    try:
+        import gradio
+    except ModuleNotFoundError:
+        sys.exit("error: The page needs Gradio, which the extra demo brings: pip install 'spidr_hf[demo]'.")
+    from spidr_hf.unit_html import STYLE
+
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
+    page(models).launch(
+        server_port=port,
+        share=share,
+        theme=gradio.themes.Soft(**fonts),
+        css=STYLE,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        max_file_size="500mb",  # above it Gradio refuses; below it the page says what is wrong
+    )
+
+
+def page(models: dict[str, Any]) -> Any:
+    """The page's parts and what they do. `models`: model and feature extractor by name."""
+    import gradio as gr
+
+    from spidr_hf.recordings import analyse_recording, cut_unit, default_layer, unit_stretches, units_report
+    from spidr_hf.unit_html import SCRIPT, comparison_html, download_html, problem_html, timeline_html
+
+    descriptions = {name: {**describe_model(model), "model": name} for name, (model, _) in models.items()}
+
+    def update(name, layer, first, second, known):
+        """All that depends on model, layer and recordings. `known` keeps what was computed for the last ones."""
+        model, feature_extractor = models[name]
+        layers = unit_layers(model.config)
+        layer = layer if layer in layers else default_layer(model.config)
+        results, views = {}, []
+        for label, path in zip(LABELS, (first, second), strict=True):
+            if not path:
+                views.append("")
+                continue
+            try:
+                result = known.get((name, path)) or analyse_recording(path, model, feature_extractor)
+            except AudioError as error:
+                views.append(problem_html(str(error)))
+                continue
+            results[name, path] = result
+            views.append(timeline_html(result, layer, label))
+        shown = [results[name, path] for path in (first, second) if (name, path) in results]
+        compared = comparison_html(*shown, layer, LABELS) if len(shown) == 2 else ""
+        report = units_report(shown, layer, descriptions[name]) if shown else {}
+        link = download_html(report, f"units-layer-{layer}.json") if shown else ""
+        choices = unit_choices(shown, layer)
+        return (
+            gr.Dropdown(choices=layers, value=layer),
+            *views,
+            compared,
+            gr.Dropdown(choices=choices, value=choices[0][1] if choices else None, visible=bool(shown)),
+            gr.Audio(visible=bool(shown)),
+            link,
+            results,
+        )
+
+    def unit_choices(shown, layer):
+        """Units, the one that covers most first."""
+        frames: dict[int, list[int]] = {}
+        for recording in shown:
+            for unit, _, length in unit_stretches(recording.units[layer]):
+                frames.setdefault(unit, []).append(length)
+        order = sorted(frames, key=lambda unit: -sum(frames[unit]))
+        return [(f"{unit}: {len(frames[unit])} times, {0.02 * sum(frames[unit]):.2f} s", unit) for unit in order]
+
+    def hear(layer, unit, known):
+        """All that a unit covers in the recordings that are shown."""
+        if unit is None or not known:
+            return None
+        sound = cut_unit(list(known.values()), layer, unit)
+        return SAMPLING_RATE, (sound.clip(-1, 1) * 32767).astype("int16")
+
+    with gr.Blocks(title="Speech as units", analytics_enabled=False) as blocks:
+        known = gr.State({})
+        gr.Markdown(INTRODUCTION)
+        names = list(models)
+        config = models[names[0]][0].config
+        with gr.Row():
+            name = gr.Dropdown(names, value=names[0], label="Model", min_width=320, elem_id="model")
+            layer = gr.Dropdown(
+                unit_layers(config), value=default_layer(config), label="Layer, from 1", elem_id="layer"
+            )
+        with gr.Row():
+            first, second = (
+                gr.Audio(
+                    type="filepath",
+                    sources=["upload", "microphone"],
+                    label=label,
+                    buttons=[],
+                    min_width=320,
+                    elem_id=f"audio-{letter}",
+                )
+                for letter, label in zip(LABELS, ("A", "B, to compare"), strict=True)
+            )
+        views = [gr.HTML(elem_id=f"view-{letter}", js_on_load=SCRIPT) for letter in LABELS]
+        compared = gr.HTML(elem_id="comparison", js_on_load=SCRIPT)
+        with gr.Row():
+            unit = gr.Dropdown([], label="Hear everything that a unit covers", visible=False, elem_id="unit")
+            heard = gr.Audio(
+                label="All its stretches", interactive=False, visible=False, buttons=["download"], elem_id="heard"
+            )
+        link = gr.HTML(elem_id="download")
+        gr.on(
+            [name.input, layer.input, first.change, second.change],
+            update,
+            [name, layer, first, second, known],
+            [layer, *views, compared, unit, heard, link, known],
+            trigger_mode="always_last",
+            api_visibility="private",
+        ).then(hear, [layer, unit, known], heard, api_visibility="private")
+        unit.input(hear, [layer, unit, known], heard, api_visibility="private")
+    return blocks
+
+
+if __name__ == "__main__":
+    main()

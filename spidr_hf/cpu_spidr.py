@@ -1,0 +1,187 @@
+"""What runs faster on CPUs in another form than PyTorch's own: matrix products without gradients, and dropout.
+
+**Products.** On x86 `F.linear` in float32 goes to MKL, which is a third slower than oneDNN on some CPUs and cannot
+apply the GELU in the same pass. oneDNN is reached by the operator that the compiler uses for it, which has no
+gradient: it runs where none is wanted (inference, the teacher, a frozen extractor). Everything else, and any module
+that is more than a plain `nn.Linear` (quantised, wrapped, with hooks), takes the ordinary way.
+
+**Dropout.** PyTorch draws one Bernoulli number per element on a CPU, which costs more than attention itself. Sixteen
+bits of a random integer decide as well: the rate is rounded to a multiple of 1/65536 and the scale follows it.
+"""
+
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+_LEVELS = 1 << 16
+
+
+def _onednn() -> bool:
+    """Whether this build of PyTorch and this machine have the operator, and the process has not switched it off."""
+    return (
+        _X86
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def plain_mode() -> bool:
+    """Whether operations may be chosen by what is fastest here: nothing records or rewrites them for elsewhere."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product with `x` has: autocast's where that is on."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def fast_products(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether products of `x` with `weights` (which may be None) run on oneDNN directly: see the top of the file."""
+    tensors = [x, *(weight for weight in weights if weight is not None)]
+    if x.device.type != "cpu" or not plain_mode() or not _onednn():
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    autocast = torch.is_autocast_enabled("cpu")
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device != x.device:
+            return False
+        if tensor.dtype not in (torch.float32, torch.bfloat16) or (tensor.dtype != x.dtype and not autocast):
+            return False
+    dtype = product_dtype(x)
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def fast_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """`x @ weight.T + bias`, with exact GELU on request; where `fast_products` holds. x: ... x I, weight: O x I."""
+    dtype = product_dtype(x)
+    weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+    activation, algorithm = ("gelu", "none") if gelu else ("none", "")
+    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, activation, [], algorithm)
+
+
+def linear(module: nn.Module, x: Tensor, activation: nn.Module | None = None) -> Tensor:
+    """`activation(module(x))`, in one pass where that can be done and the activation is the exact GELU."""
+    if plain_mode() and _is_plain(module) and fast_products(x, module.weight, module.bias):
+        gelu = activation is not None and _is_exact_gelu(activation)
+        x = fast_product(x, module.weight, module.bias, gelu)
+        return x if gelu or activation is None else activation(x)
+    x = module(x)
+    return x if activation is None else activation(x)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """An `nn.Linear` that does what it says: no subclass, no replaced forward, no hooks."""
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
+def _is_exact_gelu(activation: nn.Module) -> bool:
+    """transformers' and PyTorch's GELU without approximation."""
+    return getattr(activation, "act", None) is F.gelu or getattr(activation, "approximate", None) == "none"
+
+
+def gelu_in_place(x: Tensor) -> Tensor:
+    """Exact GELU, in `x` itself where no gradient and no recording could need what it held."""
+    if x.requires_grad or not plain_mode():
+        return F.gelu(x)
+    return torch.ops.aten.gelu_(x)
+
+
+def convolution_taps(weight: Tensor, stride: int, dtype: torch.dtype) -> list[Tensor]:
+    """Weights O x C x k of a strided convolution as one matrix per shift: tap `i` is applied `i` steps later."""
+    # oneDNN takes a strided matrix, a hundred times slower.
+    return [part.transpose(1, 2).flatten(1).to(dtype).contiguous() for part in weight.split(stride, dim=2)]
+
+
+def strided_convolution(x: Tensor, taps: list[Tensor], bias: Tensor | None, stride: int) -> Tensor:
+    """Convolution of R x C rows laid end to end (R a multiple of `stride`) -> R/stride x O, without gradients.
+
+    Outputs whose taps reach past the last row hold no meaningful value.
+    """
+    windows = x.view(-1, stride * x.shape[1])
+    out = None
+    for shift, matrix in enumerate(taps):
+        inputs = windows[shift:, : matrix.shape[1]]
+        if out is None:
+            out = fast_product(inputs, matrix, bias)
+        elif shift < len(out):
+            out[:-shift] += fast_product(inputs, matrix)
+    return out
+
+
+def _keep_mask(like: Tensor, p: float) -> Tensor:
+    """Random factors 0 or 1 / (1 - p) of the shape and dtype of `like`."""
+    dropped = round(p * _LEVELS)
+    count = like.numel()
+    numbers = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)
+    keep = numbers[:count].view(like.shape) >= dropped - _LEVELS // 2
+    return keep.to(like.dtype).mul_(_LEVELS / (_LEVELS - dropped))
+
+
+def _fast_dropout(x: Tensor, p: float) -> bool:
+    # A rate that rounds to 0 or 1 is left to PyTorch.
+    return x.device.type == "cpu" and x.is_floating_point() and plain_mode() and 1e-4 < p < 1 - 1e-4
+
+
+class SpidrDropout(nn.Dropout):
+    """Dropout, with cheaper random numbers on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training else x
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """`x` with each element zeroed with probability `p` and the others divided by `1 - p`."""
+    return x * _keep_mask(x, p) if _fast_dropout(x, p) else F.dropout(x, p)
+
+
+def attention_drops_fast(query: Tensor, p: float) -> bool:
+    """Whether `dropout_attention` replaces PyTorch's attention, which has no fused form with dropout on a CPU."""
+    return p > 0 and _fast_dropout(query, p)
+
+
+def dropout_attention(qkv: Tensor, keep: Tensor | None, scaling: float, p: float) -> Tensor:
+    """
+    Attention with dropout on its weights, in the dtype of its input (PyTorch's own form computes bfloat16 in float32).
+
+    Args:
+        qkv: B x T x 3 x heads x D, queries, keys and values.
+        keep: bool, broadcastable to B x heads x T x T; False where a key is hidden.
+        scaling: factor of the scores.
+        p: share of the weights that is zeroed.
+
+    Returns B x T x heads x D.
+    """
+    batch, length, _, heads, width = qkv.shape
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, length, width).unbind(0)
+    scores = torch.bmm(query * scaling, key.transpose(1, 2))
+    if keep is not None:
+        scores = (
+            scores.view(batch, heads, length, length).masked_fill(~keep, torch.finfo(scores.dtype).min).flatten(0, 1)
+        )
+    context = torch.bmm(dropout(scores.softmax(-1).to(value.dtype), p), value)
+    return context.view(batch, heads, length, width).transpose(1, 2)
+
+
+__all__ = [
+    "SpidrDropout",
+    "attention_drops_fast",
+    "convolution_taps",
+    "dropout",
+    "dropout_attention",
+    "fast_product",
+    "fast_products",
+    "gelu_in_place",
+    "linear",
+    "product_dtype",
+    "strided_convolution",
+]

@@ -1,0 +1,421 @@
+"""Fused operations of the CUDA training step, each beside its plain form: `norm_gelu`, `grouped_conv1d`, codebooks.
+
+Off CUDA, without Triton and with the switch off, the plain form runs; `use_kernels(False)`, `--run.kernels false` or
+the variable SPIDR_HF_KERNELS=0 is that switch. The kernels are in `triton_spidr`. To the compiler each is one opaque
+operator, so none breaks a graph or is compiled anew for another length.
+
+What they save (spidr-base, bf16, 3.8 M samples): under autocast LayerNorm and GELU run apart and in float32, which is
+five times the unavoidable traffic over the extractor's activations; here it is one read and one write, and the backward
+pass keeps nothing but its input. cuDNN has no fast kernel for convolutions of 48 channels per group; here each tap is a
+small tensor-core product out of cache, with neither the copies nor the doubled arithmetic of the block-Toeplitz form.
+(The norm and GELU after it stay apart: they need all groups of a frame, and at 18 MB that costs microseconds.)
+"""
+
+import importlib.util
+import os
+import re
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Each copy of this file (the package's, one per repository of remote code) registers operators of its own.
+_NAMESPACE = re.sub(r"\W+", "_", __name__)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Programs of the kernels that sum over rows: enough for any GPU, and the same on all, so that sums are too.
+_PROGRAMS = 528
+_MAX_CHANNELS = 8192  # a row is one block
+
+_enabled = os.environ.get("SPIDR_HF_KERNELS", "1") != "0"
+_available = importlib.util.find_spec("triton") is not None
+
+
+def use_kernels(enabled: bool) -> None:
+    """Switch for all kernels of this process: off, the plain forms run everywhere."""
+    global _enabled
+    _enabled = enabled
+
+
+def kernels_run(x: Tensor) -> bool:
+    """Whether operations on `x` run as kernels."""
+    return _enabled and _available and x.is_cuda and x.dtype in _DTYPES
+
+
+# ---- LayerNorm and GELU
+
+
+def norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """GELU (exact) of LayerNorm over the last dimension of `x`, with or without affine parameters (both or neither).
+
+    As a kernel it returns the dtype of `x` and computes in float32; autocast changes nothing about it.
+    """
+    channels = x.shape[-1]
+    if kernels_run(x) and channels <= _MAX_CHANNELS and (weight is None) == (bias is None):
+        return _norm_gelu(x, weight, bias, eps)
+    return plain_norm_gelu(x, weight, bias, eps)
+
+
+def plain_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The obvious form of `norm_gelu`."""
+    return F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
+
+
+def _row_blocks(channels: int) -> tuple[int, int]:
+    """(rows, channels) of a block: about 4096 elements, which fit into the registers of four warps."""
+    block_channels = _power_of_2(channels)
+    return max(1, 4096 // block_channels), block_channels
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::norm_gelu", mutates_args=())
+def _norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    from .triton_spidr import norm_gelu_forward
+
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    channels = x.shape[-1]
+    rows, (block_rows, block_channels) = x.numel() // channels, _row_blocks(channels)
+    if rows:
+        with _device_of(x):
+            norm_gelu_forward[(_blocks(rows, block_rows),)](
+                x,
+                weight,
+                bias,
+                out,
+                rows,
+                channels=channels,
+                eps=eps,
+                affine=weight is not None,
+                block_rows=block_rows,
+                block_channels=block_channels,
+            )
+    return out
+
+
+@_norm_gelu.register_fake
+def _(x, weight, bias, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::norm_gelu_backward", mutates_args=())
+def _norm_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .triton_spidr import norm_gelu_backward
+
+    grad, x = grad.contiguous(), x.contiguous()
+    channels, affine = x.shape[-1], weight is not None
+    rows, (block_rows, block_channels) = x.numel() // channels, _row_blocks(channels)
+    grad_x = torch.empty_like(x)
+    rows_per_program = _blocks(_blocks(max(rows, 1), _PROGRAMS), block_rows) * block_rows
+    programs = _blocks(rows, rows_per_program)
+    partial = x.new_empty((2, programs if affine else 0, channels), dtype=torch.float32)
+    if rows:
+        with _device_of(x):
+            norm_gelu_backward[(programs,)](
+                grad,
+                x,
+                weight,
+                bias,
+                grad_x,
+                partial[0],
+                partial[1],
+                rows,
+                rows_per_program,
+                channels=channels,
+                eps=eps,
+                affine=affine,
+                block_rows=block_rows,
+                block_channels=block_channels,
+            )
+    sums = partial.sum(1).to(weight.dtype if affine else x.dtype)
+    return grad_x, sums[0].clone(), sums[1].clone()
+
+
+@_norm_gelu_backward.register_fake
+def _(grad, x, weight, bias, eps):
+    like = x if weight is None else weight
+    grads = [like.new_empty(x.shape[-1]) for _ in range(2)]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), *grads
+
+
+def _keep_norm_gelu(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _differentiate_norm_gelu(ctx, grad: Tensor):
+    x, weight, bias = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = _norm_gelu_backward(grad, x, weight, bias, ctx.eps)
+    affine = weight is not None
+    return grad_x, grad_weight if affine else None, grad_bias if affine else None, None
+
+
+_norm_gelu.register_autograd(_differentiate_norm_gelu, setup_context=_keep_norm_gelu)
+
+
+# ---- grouped convolution over time
+
+
+def grouped_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Convolution that keeps the length: B x T x C, `weight` C x C/groups x k -> B x T x C.
+
+    Frame t sees the frames t - k//2 ... t - k//2 + k - 1, zeros beyond the ends. The result has the autocast dtype
+    where autocast is on.
+    """
+    if kernels_run(x) and weight.shape[0] == x.shape[-1] and weight.shape[1] <= 128:
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        return _grouped_conv(x, weight, bias, groups)
+    return plain_grouped_conv1d(x, weight, bias, groups)
+
+
+def plain_grouped_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """The obvious form of `grouped_conv1d`: as a 2-D convolution of height 1, channels-last without a copy."""
+    images = x.unsqueeze(1).permute(0, 3, 1, 2)
+    images = F.conv2d(images, weight.unsqueeze(2), bias, padding=(0, weight.shape[-1] // 2), groups=groups)
+    return images.permute(0, 2, 3, 1).squeeze(1)[:, : x.shape[1]]
+
+
+def _launch_conv(x: Tensor, taps: Tensor, bias: Tensor | None, before: int) -> Tensor:
+    """`grouped_conv` over contiguous B x T x C with taps groups x k x in x out."""
+    from .triton_spidr import grouped_conv
+
+    out = torch.empty_like(x)
+    groups, kernel, width, _ = taps.shape
+    # In float32 without tensor cores larger blocks would spill registers.
+    rows, (block_rows, warps) = x.numel() // x.shape[-1], (64, 8) if x.dtype == torch.float32 else (128, 4)
+    if rows:
+        with _device_of(x):
+            grouped_conv[(_blocks(rows, block_rows), groups)](
+                x,
+                taps,
+                bias,
+                out,
+                rows,
+                x.shape[1],
+                kernel=kernel,
+                before=before,
+                groups=groups,
+                width=width,
+                has_bias=bias is not None,
+                precision=_precision(),
+                widen=not x.is_cuda,
+                block_rows=block_rows,
+                block_width=max(16, _power_of_2(width)),
+                num_warps=warps,
+            )
+    return out
+
+
+def _grouped_taps(weight: Tensor, groups: int) -> Tensor:
+    """Convolution weights C x C/groups x k as groups x out x in x k."""
+    return weight.view(groups, -1, *weight.shape[1:])
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::grouped_conv", mutates_args=())
+def _grouped_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    taps = _grouped_taps(weight, groups).permute(0, 3, 2, 1).contiguous()
+    return _launch_conv(x.contiguous(), taps, bias, weight.shape[-1] // 2)
+
+
+@_grouped_conv.register_fake
+def _(x, weight, bias, groups):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::grouped_conv_backward", mutates_args=())
+def _grouped_conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, groups: int, need_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .triton_spidr import grouped_conv_weight
+
+    grad, x = grad.contiguous(), x.contiguous()
+    kernel, width, rows = weight.shape[-1], weight.shape[1], x.numel() // x.shape[-1]
+    before, block_rows = kernel // 2, 64
+    grad_x = x.new_empty(0)
+    if need_x:
+        # The input's gradient is the convolution of the output's with the taps turned round.
+        taps = _grouped_taps(weight, groups).flip(-1).permute(0, 3, 1, 2).contiguous()
+        grad_x = _launch_conv(grad, taps, None, kernel - 1 - before)
+    splits = max(1, min(_blocks(rows, 8 * block_rows), _blocks(4 * _PROGRAMS, groups * kernel)))
+    rows_per_program = _blocks(_blocks(max(rows, 1), splits), block_rows) * block_rows
+    splits = _blocks(rows, rows_per_program)
+    partial = x.new_empty((splits, groups, kernel, width, width), dtype=torch.float32)
+    if rows:
+        with _device_of(x):
+            grouped_conv_weight[(kernel, groups, splits)](
+                x,
+                grad,
+                partial,
+                rows,
+                x.shape[1],
+                rows_per_program,
+                kernel=kernel,
+                before=before,
+                groups=groups,
+                width=width,
+                precision=_precision(),
+                widen=not x.is_cuda,
+                block_rows=block_rows,
+                block_width=max(16, _power_of_2(width)),
+                num_warps=8 if x.dtype == torch.float32 else 4,
+            )
+    grad_weight = partial.sum(0).permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype)
+    return grad_x, grad_weight, grad.sum((0, 1), dtype=torch.float32)
+
+
+@_grouped_conv_backward.register_fake
+def _(grad, x, weight, groups, need_x):
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return grad_x, grad_weight, x.new_empty(x.shape[-1], dtype=torch.float32)
+
+
+def _keep_grouped_conv(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.groups = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate_grouped_conv(ctx, grad: Tensor):
+    x, weight = ctx.saved_tensors
+    need_x = ctx.needs_input_grad[0]
+    grad_x, grad_weight, grad_bias = _grouped_conv_backward(grad, x, weight, ctx.groups, need_x)
+    return (
+        grad_x if need_x else None,
+        grad_weight,
+        None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
+        None,
+    )
+
+
+_grouped_conv.register_autograd(_differentiate_grouped_conv, setup_context=_keep_grouped_conv)
+
+
+# ---- codebooks
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::nearest_codewords", mutates_args=())
+def nearest_codewords(targets: Tensor, codewords: Tensor) -> Tensor:
+    """Nearest codeword in L2 distance: targets K x N x H, codewords K x V x H, both float32 -> labels K x N.
+
+    Float32 in full whatever autocast and the process's TF32 setting say, since rounding moves labels. One operator in
+    both forms: the precision of products is a setting of the process, which no compiled graph can change.
+    """
+    targets, codewords = targets.contiguous(), codewords.contiguous()
+    # The targets' own norms shift all distances alike and are left out.
+    half_norms = 0.5 * codewords.square().sum(-1)
+    if kernels_run(targets):
+        return _nearest_by_kernel(targets, codewords, half_norms)
+    return _nearest_plainly(targets, codewords, half_norms)
+
+
+@nearest_codewords.register_fake
+def _(targets, codewords):
+    return targets.new_empty(targets.shape[:2], dtype=torch.int64)
+
+
+def _nearest_plainly(targets: Tensor, codewords: Tensor, half_norms: Tensor) -> Tensor:
+    precision = torch.get_float32_matmul_precision()
+    switch = targets.is_cuda and precision != "highest"
+    if switch:
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(targets.device.type, enabled=False):
+            return torch.baddbmm(half_norms.unsqueeze(1), targets, codewords.transpose(1, 2), alpha=-1).argmin(-1)
+    finally:
+        if switch:
+            torch.set_float32_matmul_precision(precision)
+
+
+def _nearest_by_kernel(targets: Tensor, codewords: Tensor, half_norms: Tensor) -> Tensor:
+    from .triton_spidr import nearest_codeword
+
+    codebooks, frames, width = targets.shape
+    size, block_frames = codewords.shape[1], 64
+    labels = torch.empty((codebooks, frames), dtype=torch.int64, device=targets.device)
+    if frames:
+        with _device_of(targets):
+            nearest_codeword[(_blocks(frames, block_frames), codebooks)](
+                targets,
+                codewords,
+                half_norms,
+                labels,
+                frames,
+                size=size,
+                width=width,
+                block_frames=block_frames,
+                block_size=min(128, max(16, _power_of_2(size))),
+                block_width=32,
+                num_warps=8,
+            )
+    return labels
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::codeword_statistics", mutates_args=())
+def codeword_statistics(labels: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Labels K x N, targets K x N x H -> how often each of `size` codewords was assigned (K x V) and the sums of its
+    targets (K x V x H), both float32. Deterministic. (`StatisticsBuffer.add` has the plain form.)"""
+    codebooks, frames = labels.shape
+    width = targets.shape[-1]
+    from .triton_spidr import codeword_sums
+
+    sorted_labels, order = labels.sort(dim=1, stable=True)
+    codewords = torch.arange(size, device=labels.device).expand(codebooks, size).contiguous()
+    ends = torch.searchsorted(sorted_labels, codewords, right=True)
+    sums = targets.new_empty((codebooks, size, width))
+    block_width = min(128, _power_of_2(width))
+    with _device_of(targets):
+        codeword_sums[(size, _blocks(width, block_width), codebooks)](
+            targets.contiguous(),
+            order,
+            ends,
+            sums,
+            frames,
+            size=size,
+            width=width,
+            block_frames=32,
+            block_width=block_width,
+        )
+    return ends.diff(dim=1, prepend=ends.new_zeros(codebooks, 1)).float(), sums
+
+
+@codeword_statistics.register_fake
+def _(labels, targets, size):
+    counts = targets.new_empty((labels.shape[0], size))
+    return counts, targets.new_empty((labels.shape[0], size, targets.shape[-1]))
+
+
+# ---- shared
+
+
+def _device_of(x: Tensor) -> AbstractContextManager:
+    """Kernels are launched on the current GPU, which need not be the one of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _blocks(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _precision() -> str:
+    """Of float32 products: as the process asks of convolutions."""
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+__all__ = [
+    "codeword_statistics",
+    "grouped_conv1d",
+    "kernels_run",
+    "nearest_codewords",
+    "norm_gelu",
+    "plain_grouped_conv1d",
+    "plain_norm_gelu",
+    "use_kernels",
+]

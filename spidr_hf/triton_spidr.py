@@ -1,0 +1,297 @@
+"""The Triton kernels behind `kernels_spidr`, which says what each computes, checks arguments and launches them.
+
+Only imported where Triton is installed and a kernel is about to run. Shapes of blocks are fixed, never found by
+timing: another block is another order of summation, and a resumed run must repeat the uninterrupted one bit for bit.
+Lengths are no compile-time constants, so that no length costs a compilation. Row offsets are 64-bit: the extractor's
+first activation has 760 000 x 512 elements per 3.8 M samples, and batches may be larger.
+"""
+
+try:  # in a `try`, because transformers demands every other import of remote code
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("The kernels need Triton: `pip install triton`.") from error
+
+_LENGTHS = ("rows", "length", "frames", "rows_per_program")
+
+
+@triton.jit
+def _normalize(x, inside, channels, eps):
+    """Rows of `x` (float32, zero outside) without mean and with unit variance, and one over the deviation."""
+    mean = tl.sum(x, axis=1) / channels
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / channels + eps)
+    return centred * inverse[:, None], inverse
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def norm_gelu_forward(
+    x,
+    weight,
+    bias,
+    out,
+    rows,
+    channels: tl.constexpr,
+    eps: tl.constexpr,
+    affine: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_channels: tl.constexpr,
+):
+    """One block of whole rows: statistics, affine map and exact GELU without leaving the registers."""
+    row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
+    column = tl.arange(0, block_channels)
+    in_row = column < channels
+    inside = (row < rows)[:, None] & in_row[None, :]
+    offsets = row[:, None] * channels + column[None, :]
+    y, _ = _normalize(tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32), inside, channels, eps)
+    if affine:
+        scale = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
+        shift = tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)
+        y = y * scale[None, :] + shift[None, :]
+    y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def norm_gelu_backward(
+    grad,
+    x,
+    weight,
+    bias,
+    grad_x,
+    grad_weight,
+    grad_bias,
+    rows,
+    rows_per_program,
+    channels: tl.constexpr,
+    eps: tl.constexpr,
+    affine: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_channels: tl.constexpr,
+):
+    """Gradients of `rows_per_program` rows; those of weight and bias as one partial sum per program (P x C).
+
+    The statistics are computed again: the row is here anyway, so that the forward pass has nothing to keep but `x`.
+    """
+    program = tl.program_id(0)
+    first = program.to(tl.int64) * rows_per_program
+    column = tl.arange(0, block_channels)
+    in_row = column < channels
+    scale = tl.full((block_channels,), 1.0, tl.float32)
+    shift = tl.zeros((block_channels,), tl.float32)
+    if affine:
+        scale = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
+        shift = tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)
+    weight_sum = tl.zeros((block_channels,), tl.float32)
+    bias_sum = tl.zeros((block_channels,), tl.float32)
+    for start in range(0, rows_per_program, block_rows):
+        index = start + tl.arange(0, block_rows)
+        row = first + index
+        inside = ((index < rows_per_program) & (row < rows))[:, None] & in_row[None, :]
+        offsets = row[:, None] * channels + column[None, :]
+        normed, inverse = _normalize(tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32), inside, channels, eps)
+        y = normed * scale[None, :] + shift[None, :]
+        # d/dy of y * Phi(y), Phi the normal distribution's cumulative function.
+        slope = 0.5 * (1.0 + tl.erf(y * 0.7071067811865476)) + y * 0.3989422804014327 * tl.exp(-0.5 * y * y)
+        grad_y = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32) * slope
+        if affine:
+            weight_sum += tl.sum(grad_y * normed, axis=0)
+            bias_sum += tl.sum(grad_y, axis=0)
+        grad_normed = grad_y * scale[None, :]
+        mean = tl.sum(grad_normed, axis=1) / channels
+        along = tl.sum(grad_normed * normed, axis=1) / channels
+        grad_rows = (grad_normed - mean[:, None] - normed * along[:, None]) * inverse[:, None]
+        tl.store(grad_x + offsets, grad_rows.to(grad_x.dtype.element_ty), mask=inside)
+    if affine:
+        tl.store(grad_weight + program.to(tl.int64) * channels + column, weight_sum, mask=in_row)
+        tl.store(grad_bias + program.to(tl.int64) * channels + column, bias_sum, mask=in_row)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def grouped_conv(
+    x,
+    taps,
+    bias,
+    out,
+    rows,
+    length,
+    kernel: tl.constexpr,
+    before: tl.constexpr,
+    groups: tl.constexpr,
+    width: tl.constexpr,
+    has_bias: tl.constexpr,
+    precision: tl.constexpr,
+    widen: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_width: tl.constexpr,
+):
+    """One group's `width` outputs of a block of frames: `kernel` small matrix products into one accumulator.
+
+    `x` is (B * T) x (groups * width), `taps` groups x kernel x width in x width out. Frame `t` sees the frames
+    `t - before` ... `t - before + kernel - 1` of its own utterance, zero where there is none. `widen`: the products
+    are of float32 (Triton's interpreter multiplies the bits of bfloat16 numbers).
+    """
+    group = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
+    frame = row % length
+    channel = tl.arange(0, block_width)
+    in_group = channel < width
+    channels: tl.constexpr = groups * width
+    columns = group * width + channel
+    weights = taps + group * (kernel * width * width) + channel[:, None] * width + channel[None, :]
+    square = in_group[:, None] & in_group[None, :]
+    total = tl.zeros((block_rows, block_width), tl.float32)
+    for tap in range(kernel):
+        shift = tap - before
+        there = (row < rows) & (frame + shift >= 0) & (frame + shift < length)
+        inputs = tl.load(
+            x + (row + shift)[:, None] * channels + columns[None, :], mask=there[:, None] & in_group[None, :], other=0.0
+        )
+        tap_weights = tl.load(weights + tap * (width * width), mask=square, other=0.0)
+        if widen:
+            inputs, tap_weights = inputs.to(tl.float32), tap_weights.to(tl.float32)
+        total = tl.dot(inputs, tap_weights, total, input_precision=precision)
+    if has_bias:
+        total += tl.load(bias + columns, mask=in_group, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        out + row[:, None] * channels + columns[None, :],
+        total.to(out.dtype.element_ty),
+        mask=(row < rows)[:, None] & in_group[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def grouped_conv_weight(
+    x,
+    grad,
+    grad_taps,
+    rows,
+    length,
+    rows_per_program,
+    kernel: tl.constexpr,
+    before: tl.constexpr,
+    groups: tl.constexpr,
+    width: tl.constexpr,
+    precision: tl.constexpr,
+    widen: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_width: tl.constexpr,
+):
+    """Gradient of one tap of one group over `rows_per_program` frames: splits x groups x kernel x in x out."""
+    tap = tl.program_id(0)
+    group = tl.program_id(1)
+    split = tl.program_id(2)
+    first = split.to(tl.int64) * rows_per_program
+    channel = tl.arange(0, block_width)
+    in_group = channel < width
+    channels: tl.constexpr = groups * width
+    columns = group * width + channel
+    shift = tap - before
+    total = tl.zeros((block_width, block_width), tl.float32)
+    for start in range(0, rows_per_program, block_rows):
+        index = start + tl.arange(0, block_rows)
+        row = first + index
+        inside = (index < rows_per_program) & (row < rows)
+        frame = row % length + shift
+        there = inside & (frame >= 0) & (frame < length)
+        inputs = tl.load(
+            x + (row + shift)[None, :] * channels + columns[:, None], mask=in_group[:, None] & there[None, :], other=0.0
+        )
+        outputs = tl.load(
+            grad + row[:, None] * channels + columns[None, :], mask=inside[:, None] & in_group[None, :], other=0.0
+        )
+        if widen:
+            inputs, outputs = inputs.to(tl.float32), outputs.to(tl.float32)
+        total = tl.dot(inputs, outputs, total, input_precision=precision)
+    place = ((split.to(tl.int64) * groups + group) * kernel + tap) * (width * width)
+    tl.store(
+        grad_taps + place + channel[:, None] * width + channel[None, :],
+        total,
+        mask=in_group[:, None] & in_group[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def nearest_codeword(
+    targets,
+    codewords,
+    half_norms,
+    labels,
+    frames,
+    size: tl.constexpr,
+    width: tl.constexpr,
+    block_frames: tl.constexpr,
+    block_size: tl.constexpr,
+    block_width: tl.constexpr,
+):
+    """Labels of a block of frames of one codebook: the smallest `|c|^2 / 2 - t . c`, the first of equals.
+
+    The distances never leave the chip. "ieee": true float32 products, not TF32, which would move labels.
+    """
+    codebook = tl.program_id(1).to(tl.int64)
+    frame = tl.program_id(0).to(tl.int64) * block_frames + tl.arange(0, block_frames)
+    inside = frame < frames
+    target_rows = targets + (codebook * frames + frame)[:, None] * width
+    best = tl.full((block_frames,), float("inf"), tl.float32)
+    label = tl.zeros((block_frames,), tl.int32)
+    for first in range(0, size, block_size):
+        codeword = first + tl.arange(0, block_size)
+        exists = codeword < size
+        codeword_rows = codewords + (codebook * size + codeword)[None, :] * width
+        products = tl.zeros((block_frames, block_size), tl.float32)
+        for start in range(0, width, block_width):
+            column = start + tl.arange(0, block_width)
+            in_row = column < width
+            left = tl.load(target_rows + column[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
+            right = tl.load(codeword_rows + column[:, None], mask=in_row[:, None] & exists[None, :], other=0.0)
+            products = tl.dot(left, right, products, input_precision="ieee")
+        norms = tl.load(half_norms + codebook * size + codeword, mask=exists, other=float("inf"))
+        distances = norms[None, :] - products
+        nearest, index = tl.min(distances, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        closer = nearest < best
+        best = tl.where(closer, nearest, best)
+        label = tl.where(closer, first + index, label)
+    tl.store(labels + codebook * frames + frame, label.to(tl.int64), mask=inside)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def codeword_sums(
+    targets,
+    order,
+    ends,
+    sums,
+    frames,
+    size: tl.constexpr,
+    width: tl.constexpr,
+    block_frames: tl.constexpr,
+    block_width: tl.constexpr,
+):
+    """Sum of the targets of one codeword, over the frames that `order` lists between two of `ends` (K x V).
+
+    Each sum has one program and a fixed order, unlike with atomic additions.
+    """
+    codeword = tl.program_id(0)
+    codebook = tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * block_width + tl.arange(0, block_width)
+    in_row = column < width
+    place = codebook * size + codeword
+    end = tl.load(ends + place)
+    begin = tl.load(ends + place - 1, mask=codeword > 0, other=0)
+    total = tl.zeros((block_width,), tl.float32)
+    for start in range(begin, end, block_frames):
+        position = start + tl.arange(0, block_frames)
+        inside = position < end
+        frame = tl.load(order + codebook * frames + position, mask=inside, other=0)
+        rows = targets + (codebook * frames + frame)[:, None] * width
+        total += tl.sum(tl.load(rows + column[None, :], mask=inside[:, None] & in_row[None, :], other=0.0), axis=0)
+    tl.store(sums + place * width + column, total, mask=in_row)
+
+
+__all__ = [
+    "codeword_sums",
+    "grouped_conv",
+    "grouped_conv_weight",
+    "nearest_codeword",
+    "norm_gelu_backward",
+    "norm_gelu_forward",
+]

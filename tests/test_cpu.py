@@ -1,0 +1,205 @@
+"""The forms for CPUs against the obvious ones, and when they must not run."""
+
+import copy
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from tiny import tiny_model
+from torch import nn
+from transformers.activations import ACT2FN
+
+from spidr_hf import cpu_spidr
+from spidr_hf.cpu_spidr import (
+    SpidrDropout,
+    convolution_taps,
+    dropout,
+    dropout_attention,
+    fast_products,
+    gelu_in_place,
+    linear,
+    strided_convolution,
+)
+
+needs_onednn = pytest.mark.skipif(not cpu_spidr._onednn(), reason="this PyTorch or CPU has no oneDNN products")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture
+def forbidden(monkeypatch):
+    """No product may run on oneDNN directly."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("ran on oneDNN")
+
+    monkeypatch.setattr(cpu_spidr, "fast_product", fail)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_products_equal_the_plain_ones(dtype, bias):
+    x, module = torch.randn(2, 7, 24).to(dtype), nn.Linear(24, 40, bias=bias).to(dtype)
+    if not fast_products(x, module.weight):
+        pytest.skip("no bfloat16 on this CPU")
+    expected = module(x).float()
+    close = {"atol": TOLERANCE[dtype], "rtol": 1e-2 if dtype == torch.bfloat16 else 1e-5}
+    torch.testing.assert_close(linear(module, x).float(), expected, **close)
+    torch.testing.assert_close(linear(module, x, ACT2FN["gelu"]).float(), F.gelu(expected), **close)
+    torch.testing.assert_close(
+        linear(module, x, ACT2FN["gelu_new"]).float(), F.gelu(expected, approximate="tanh"), **close
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(module.float(), x.float()).dtype == torch.bfloat16
+
+
+def test_products_with_gradients_are_the_modules_own(forbidden):
+    module, x = nn.Linear(8, 4), torch.randn(3, 8)
+    linear(module, x, nn.GELU()).sum().backward()
+    assert module.weight.grad is not None
+    frozen = copy.deepcopy(module).requires_grad_(False)
+    linear(frozen, x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
+@torch.no_grad()
+def test_modules_that_do_more_are_called(forbidden):
+    x = torch.randn(3, 8)
+
+    class Wrapped(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    wrapped = Wrapped(8, 4)
+    assert torch.equal(linear(wrapped, x), wrapped(x))
+    hooked = nn.Linear(8, 4)
+    hooked.register_forward_hook(lambda module, inputs, output: output + 1)
+    assert torch.equal(linear(hooked, x), F.linear(x, hooked.weight, hooked.bias) + 1)
+    replaced = nn.Linear(8, 4)
+    replaced.forward = lambda x: torch.zeros(3, 4)
+    assert linear(replaced, x).sum() == 0
+
+
+@torch.no_grad()
+def test_nothing_that_records_sees_the_operator(forbidden):
+    module, x = nn.Linear(8, 4), torch.randn(3, 8)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        linear(module, x)
+    assert counter.get_total_flops() == 2 * 3 * 8 * 4
+
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = module
+
+        def forward(self, x):
+            return gelu_in_place(linear(self.linear, x))
+
+    exported = torch.export.export(Calls(), (x,))
+    assert "mkldnn" not in str(exported.graph) and "gelu_" not in str(exported.graph)
+    torch.testing.assert_close(exported.module()(x), F.gelu(module(x)))
+    traced = torch.jit.trace(Calls(), x, check_trace=False)
+    assert "mkldnn" not in str(traced.inlined_graph)
+
+
+@torch.no_grad()
+def test_the_switch_of_pytorch_holds(forbidden):
+    with torch.backends.mkldnn.flags(enabled=False):
+        linear(nn.Linear(8, 4), torch.randn(3, 8))
+
+
+@needs_onednn
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (7, 3), (10, 5), (2, 4)])
+@torch.no_grad()
+def test_strided_convolution(kernel, stride):
+    weight, bias, rows = torch.randn(6, 5, kernel), torch.randn(6), 8 * stride
+    x = torch.randn(rows, 5)
+    expected = F.conv1d(x.t()[None], weight, bias, stride)[0].t()
+    taps = convolution_taps(weight, stride, x.dtype)
+    assert all(matrix.is_contiguous() for matrix in taps)
+    got = strided_convolution(x, taps, bias, stride)
+    assert got.shape == (8, 6)
+    torch.testing.assert_close(got[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [{}, {"conv_bias": True}, {"feat_extract_norm": "group"}])
+def test_inference_equals_training_and_the_reference(variant):
+    model = tiny_model(**variant).spidr
+    waveforms = torch.randn(2, 3000)
+    with_gradient = model.get_intermediate_outputs(waveforms)
+    assert with_gradient[0].requires_grad
+    with torch.no_grad():
+        without = model.get_intermediate_outputs(waveforms)
+        expected = reference.encoder(
+            model.encoder, model.feature_projection(reference.feature_encoder(model, waveforms[0]))
+        )[0]
+    for a, b, c in zip(with_gradient, without, expected, strict=True):
+        torch.testing.assert_close(a.detach(), b, atol=1e-5, rtol=0)
+        torch.testing.assert_close(b[0], c, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_changed_weights_are_used():
+    model, waveform = tiny_model().spidr, torch.randn(1, 2000)
+    before = model.extract_features(waveform)[0]
+    model.feature_extractor.conv_layers[2].conv.weight.data.mul_(2.0)
+    model.feature_extractor.conv_layers[2].layer_norm.weight.data.mul_(2.0)
+    assert not torch.allclose(before, model.extract_features(waveform)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout(dtype, p):
+    x = torch.ones(1000, 301, dtype=dtype, requires_grad=True)
+    torch.manual_seed(1)
+    out = dropout(x, p)
+    kept = out != 0
+    assert kept.float().mean().item() == pytest.approx(1 - p, abs=5e-3)
+    assert kept.float().mean(0).std() < 0.05 and kept.float().mean(1).std() < 0.05
+    assert out[kept].float().unique().tolist() == pytest.approx([1 / (1 - p)], rel=5e-3)
+    # Sixteen bits of the same number must not decide alike.
+    assert abs(torch.corrcoef(kept.float().view(-1, 4)[:, :].t().contiguous())[0, 1]) < 0.02
+    out.sum().backward()
+    assert torch.equal(x.grad != 0, kept)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x, p), out)
+
+
+def test_dropout_at_the_ends():
+    x = torch.ones(64)
+    assert torch.equal(dropout(x, 0.0), x)
+    assert torch.equal(dropout(x, 1.0), torch.zeros(64))
+    assert torch.equal(SpidrDropout(0.5).eval()(x), x)
+    assert (SpidrDropout(0.5)(torch.ones(1000)) == 0).any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_dropout(monkeypatch, masked):
+    qkv = torch.randn(2, 9, 3, 4, 8, requires_grad=True)
+    keep = (torch.arange(9) < torch.tensor([9, 5])[:, None])[:, None, None] if masked else None
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    expected = F.scaled_dot_product_attention(query, key, value, keep, scale=0.3).transpose(1, 2)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), qkv)
+    monkeypatch.setattr(cpu_spidr, "dropout", lambda x, p: x)
+    got = dropout_attention(qkv, keep, 0.3, 0.1)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got.square().sum(), qkv)[0], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_drops_weights():
+    value = torch.ones(1, 50, 3, 1, 8)
+    out = dropout_attention(value, None, 1.0, 0.5)
+    assert out.mean().item() == pytest.approx(1, abs=0.15)
+    assert out.std() > 0.05
+
+
+def test_gelu_in_place_only_without_gradients():
+    x = torch.randn(5, requires_grad=True)
+    assert torch.equal(gelu_in_place(x), F.gelu(x))
+    with torch.no_grad():
+        y = x.clone()
+        assert gelu_in_place(y) is y and torch.equal(y, F.gelu(x))

@@ -1,0 +1,182 @@
+"""Every kernel against its plain form: values and gradients, in Triton's interpreter, or compiled where a GPU is."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import random_mask, tiny_config
+
+from spidr_hf import SpidrForPretraining, kernels_spidr
+from spidr_hf.kernels_spidr import (
+    codeword_statistics,
+    grouped_conv1d,
+    kernels_run,
+    nearest_codewords,
+    norm_gelu,
+    plain_grouped_conv1d,
+    plain_norm_gelu,
+    use_kernels,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Of bfloat16: half a unit in the last place of the result, and of what the plain form rounds on the way.
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run, on whatever device there is."""
+    triton = pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
+    if DEVICE == "cpu" and not triton.knobs.runtime.interpret:
+        pytest.skip("without a GPU the kernels need TRITON_INTERPRET=1 before Triton is imported")
+    monkeypatch.setattr(kernels_spidr, "kernels_run", lambda x: x.dtype in kernels_spidr._DTYPES)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def with_gradients(function, inputs: list[torch.Tensor | None], grad: torch.Tensor) -> list[torch.Tensor]:
+    """The function's value and the gradients of its inputs, all in float32."""
+    inputs = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    out.backward(grad.to(out.dtype))
+    return [x.float() for x in (out.detach(), *(x.grad for x in inputs if x is not None))]
+
+
+@both_dtypes
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "bare"])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 48), (67, 48), (9, 512), (3, 768)])
+def test_norm_gelu(kernels, rows, channels, affine, dtype):
+    x, grad = tensor(2, rows, channels, dtype=dtype) * 3 + 1, tensor(2, rows, channels, seed=1)
+    parameters = [tensor(channels, seed=2), tensor(channels, seed=3)] if affine else [None, None]
+    ours = with_gradients(lambda x, w, b: norm_gelu(x, w, b, 1e-5), [x, *parameters], grad)
+    # The kernel computes in float32 and rounds once.
+    plain = with_gradients(lambda x, w, b: plain_norm_gelu(x, w, b, 1e-5), [x.float(), *parameters], grad)
+    for one, other in zip(ours, plain, strict=True):
+        scale = max(1.0, other.abs().max().item() / 8)  # sums over rows have larger errors
+        torch.testing.assert_close(one / scale, other / scale, **TOLERANCE[dtype])
+
+
+def test_norm_gelu_of_views_of_no_row_and_of_many_rows(kernels, monkeypatch):
+    x = tensor(3, 40, 11).transpose(1, 2)[:, ::2]
+    torch.testing.assert_close(norm_gelu(x, None, None, 1e-5), plain_norm_gelu(x, None, None, 1e-5))
+    weight, bias = torch.ones(8, device=DEVICE, requires_grad=True), torch.zeros(8, device=DEVICE, requires_grad=True)
+    empty = norm_gelu(tensor(0, 5, 8), weight, bias, 1e-5)
+    empty.sum().backward()
+    assert empty.shape == (0, 5, 8) and not weight.grad.any() and not bias.grad.any()
+    # More blocks of rows than programs: each program of the backward pass then sums over several of them.
+    monkeypatch.setattr(kernels_spidr, "_PROGRAMS", 3)
+    many, parameters = tensor(700, 64), [tensor(64, seed=1), tensor(64, seed=2)]
+    ours = with_gradients(lambda x, w, b: norm_gelu(x, w, b, 1e-5), [many, *parameters], many)
+    plain = with_gradients(lambda x, w, b: plain_norm_gelu(x, w, b, 1e-5), [many, *parameters], many)
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@both_dtypes
+@pytest.mark.parametrize("kernel", [16, 19])
+@pytest.mark.parametrize(("length", "channels", "groups"), [(1, 32, 2), (70, 48, 1), (67, 24, 2)])
+def test_grouped_convolution(kernels, length, channels, groups, kernel, dtype):
+    x, grad = tensor(2, length, channels, dtype=dtype), tensor(2, length, channels, seed=1).to(dtype).float()
+    parameters = [tensor(channels, channels // groups, kernel, dtype=dtype, seed=2) / 8, tensor(channels, seed=3)]
+    ours = with_gradients(lambda x, w, b: grouped_conv1d(x, w, b, groups), [x, *parameters], grad)
+    plain = with_gradients(
+        lambda x, w, b: plain_grouped_conv1d(x, w, b, groups), [t.float() for t in (x, *parameters)], grad
+    )
+    for one, other in zip(ours, plain, strict=True):
+        scale = max(1.0, other.abs().max().item() / 8)
+        torch.testing.assert_close(one / scale, other / scale, **TOLERANCE[dtype])
+
+
+def test_grouped_convolution_of_views_without_bias_and_with_a_fixed_input(kernels):
+    x, weight = tensor(2, 32, 30).transpose(1, 2), tensor(32, 16, 5, seed=1).requires_grad_()
+    out = grouped_conv1d(x, weight, None, 2)
+    torch.testing.assert_close(out, plain_grouped_conv1d(x, weight, None, 2), **TOLERANCE[torch.float32])
+    (ours,) = torch.autograd.grad(out.square().sum(), weight)
+    (plain,) = torch.autograd.grad(plain_grouped_conv1d(x, weight, None, 2).square().sum(), weight)
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
+    weight.requires_grad_(False)
+    x = x.clone().requires_grad_()
+    (ours,) = torch.autograd.grad(grouped_conv1d(x, weight, None, 2).sum(), x)
+    (plain,) = torch.autograd.grad(plain_grouped_conv1d(x, weight, None, 2).sum(), x)
+    torch.testing.assert_close(ours, plain, **TOLERANCE[torch.float32])
+
+
+def test_many_frames_are_summed_in_parts(kernels):
+    x, grad = tensor(2, 600, 16), tensor(2, 600, 16, seed=1)
+    weight = tensor(16, 8, 3, seed=2)
+    ours = with_gradients(lambda x, w: grouped_conv1d(x, w, None, 2), [x, weight], grad)
+    plain = with_gradients(lambda x, w: plain_grouped_conv1d(x, w, None, 2), [x, weight], grad)
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("frames", "size", "width"), [(1, 24, 48), (70, 40, 33), (20, 130, 8)])
+def test_labels_counts_and_sums(kernels, frames, size, width):
+    targets, codewords = tensor(2, frames, width), tensor(2, size, width, seed=1)
+    codewords[:, 7] = codewords[:, 5]  # of equals, the first
+    targets[:, 0] = codewords[:, 7]
+    labels = nearest_codewords(targets, codewords)
+    assert torch.equal(labels, torch.cdist(targets.double(), codewords.double()).argmin(-1))
+    assert (labels[:, 0] == 5).all()
+    counts, sums = codeword_statistics(labels, targets, size)
+    onehot = F.one_hot(labels, size).float()
+    assert torch.equal(counts, onehot.sum(1))
+    torch.testing.assert_close(sums, onehot.transpose(1, 2) @ targets, rtol=1e-5, atol=1e-4)
+    assert not sums[counts == 0].any()
+    again = codeword_statistics(labels, targets, size)
+    assert torch.equal(counts, again[0]) and torch.equal(sums, again[1])
+
+
+def test_all_frames_may_have_one_codeword(kernels):
+    targets, codewords = tensor(2, 100, 32), tensor(2, 40, 32, seed=1) * 100
+    codewords[:, 39] = 0
+    labels = nearest_codewords(targets, codewords)
+    counts, sums = codeword_statistics(labels, targets, 40)
+    assert (labels == 39).all() and (counts[:, 39] == 100).all() and not counts[:, :39].any()
+    torch.testing.assert_close(sums[:, 39], targets.sum(1), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("operation", ["norm_gelu", "grouped_conv", "nearest_codewords", "codeword_statistics"])
+def test_the_compiler_is_told_the_truth(kernels, operation):
+    x = tensor(2, 9, 16).requires_grad_()
+    samples = {
+        "norm_gelu": (x, tensor(16).requires_grad_(), tensor(16).requires_grad_(), 1e-5),
+        "grouped_conv": (x, tensor(16, 8, 4).requires_grad_(), tensor(16).requires_grad_(), 2),
+        "nearest_codewords": (tensor(2, 9, 16), tensor(2, 20, 16)),
+        "codeword_statistics": (torch.zeros(2, 9, dtype=torch.int64, device=DEVICE), tensor(2, 9, 16), 20),
+    }
+    function = getattr(kernels_spidr, operation if "code" in operation else f"_{operation}")
+    torch.library.opcheck(function, samples[operation], test_utils=("test_schema", "test_faketensor"))
+
+
+def run_model(**changes):
+    torch.manual_seed(0)
+    model = SpidrForPretraining(tiny_config(conv_bias=True, **changes)).to(DEVICE).train()
+    output = model(tensor(2, 6000), mask_time_indices=random_mask(2, 18).to(DEVICE))
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    statistics = {name: getattr(model._statistics, name).clone() for name in ("counts", "sums", "loss_sums")}
+    return output.loss.detach(), gradients, statistics
+
+
+@pytest.mark.parametrize("kernel", [95, pytest.param(80, marks=pytest.mark.slow)])
+def test_the_model_is_the_same_with_and_without(monkeypatch, request, kernel):
+    plain = run_model(conv_pos_kernel_size=kernel)
+    request.getfixturevalue("kernels")
+    for ours, theirs in zip(run_model(conv_pos_kernel_size=kernel), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_switch(monkeypatch: pytest.MonkeyPatch):
+    on_gpu = type("OnGpu", (), {"is_cuda": True, "dtype": torch.bfloat16})()
+    monkeypatch.setattr(kernels_spidr, "_available", True)
+    assert kernels_run(on_gpu) and not kernels_run(torch.zeros(1))
+    use_kernels(False)
+    assert not kernels_run(on_gpu)
+    use_kernels(True)
+    assert kernels_run(on_gpu)
+    monkeypatch.setattr(kernels_spidr, "_available", False)
+    assert not kernels_run(on_gpu)

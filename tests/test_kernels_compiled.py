@@ -1,0 +1,82 @@
+"""The kernels compile for a GPU, without there being one: tensor cores are used, and registers suffice."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton"),
+]
+HOPPER = 90
+
+SCRIPT = """
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from spidr_hf import triton_spidr as kernels
+
+tool = Path(triton.__path__[0], "backends", "nvidia", "bin", "cuobjdump")
+results = {}
+
+def check(name, pointers, numbers, constants, **options):
+    kernel = getattr(kernels, name)
+    names = kernel.arg_names
+    types = {**{n: "*" + t for n, t in pointers.items()}, **dict.fromkeys(numbers, "i32")}
+    signature = {n: types.get(n, "constexpr") for n in names}
+    values = {(names.index(n),): v for n, v in constants.items()}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = lambda option: subprocess.run([tool, option, file.name], capture_output=True, text=True).stdout
+        stack = int(re.search(r"STACK:(\\d+)", dump("-res-usage")).group(1))
+        tensor_cores = "HGMMA" in dump("-sass")
+    key = f"{name} {next(iter(pointers.values()))}"
+    results[key] = {"stack": stack, "shared": compiled.metadata.shared, "tensor_cores": tensor_cores}
+
+for dtype in ("bf16", "fp32"):
+    blocks = {"channels": 512, "eps": 1e-5, "affine": True, "block_rows": 8, "block_channels": 512}
+    rest = {"weight": "fp32", "bias": "fp32"}
+    check("norm_gelu_forward", {"x": dtype, **rest, "out": dtype}, ["rows"], blocks)
+    grads = {"grad_x": dtype, "grad_weight": "fp32", "grad_bias": "fp32"}
+    check("norm_gelu_backward", {"grad": dtype, "x": dtype, **rest, **grads}, ["rows", "rows_per_program"], blocks)
+    half = dtype == "bf16"
+    shape = {"kernel": 19, "before": 9, "groups": 16, "width": 48, "widen": False, "block_width": 64}
+    shape["precision"] = "tf32" if half else "ieee"
+    forward = {**shape, "has_bias": True, "block_rows": 128 if half else 64}
+    conv = {"x": dtype, "taps": dtype, "bias": "fp32", "out": dtype}
+    check("grouped_conv", conv, ["rows", "length"], forward, num_warps=4 if half else 8)
+    conv = {"x": dtype, "grad": dtype, "grad_taps": "fp32"}
+    numbers = ["rows", "length", "rows_per_program"]
+    check("grouped_conv_weight", conv, numbers, {**shape, "block_rows": 64}, num_warps=4 if half else 8)
+full = {"targets": "fp32", "codewords": "fp32", "half_norms": "fp32", "labels": "i64"}
+blocks = {"size": 256, "width": 768, "block_frames": 64, "block_size": 128, "block_width": 32}
+check("nearest_codeword", full, ["frames"], blocks, num_warps=8)
+full = {"targets": "fp32", "order": "i64", "ends": "i64", "sums": "fp32"}
+check("codeword_sums", full, ["frames"], {"size": 256, "width": 768, "block_frames": 32, "block_width": 128})
+print(json.dumps(results))
+"""
+
+
+def test_every_kernel_compiles_without_spilling(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(HOPPER)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) == 10
+    for name, result in results.items():
+        assert result["stack"] == 0 and result["shared"] <= 227 * 1024, (name, result)
+        # Labels come from true float32 products, which tensor cores do not have.
+        assert result["tensor_cores"] == (name in ("grouped_conv bf16", "grouped_conv_weight bf16")), (name, result)
