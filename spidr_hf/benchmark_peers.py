@@ -5,9 +5,12 @@ all of the encoder, in HuBERT and Wav2Vec2 all but the positional convolution, w
 `features` of equal models must agree before anything is timed.
 """
 
+import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -157,4 +160,29 @@ def difference(peer: Peer, model: SpidrForPretraining, waveforms: Tensor) -> flo
     return largest
 
 
-__all__ = ["PEERS", "TOLERANCE", "Peer", "difference", "installed_peers", "make_peer"]
+class _Anything(ModuleType):
+    """A module that has every name."""
+
+    def __getattr__(self, name: str) -> type:
+        return object
+
+
+def spidr_span_masks() -> Callable[..., Tensor] | None:
+    """`compute_mask_indices` of the `spidr` package, which draws one row after the other; None without the package."""
+    if importlib.util.find_spec("spidr") is None:
+        return None
+    # They come with its audio loader, which wants a torchcodec that fits the newest torch only; masks use no audio.
+    decoders = sys.modules.get("torchcodec.decoders")
+    sys.modules["torchcodec.decoders"] = _Anything("torchcodec.decoders")
+    try:
+        return importlib.import_module("spidr.data.masks").compute_mask_indices
+    except ImportError:
+        return None
+    finally:
+        if decoders is None:
+            del sys.modules["torchcodec.decoders"]
+        else:
+            sys.modules["torchcodec.decoders"] = decoders
+
+
+__all__ = ["PEERS", "TOLERANCE", "Peer", "difference", "installed_peers", "make_peer", "spidr_span_masks"]
