@@ -202,6 +202,10 @@ def test_audio_of_which_nothing_can_be_used_is_a_failure(tmp_path):
 
 
 def test_a_stream_that_breaks_off_is_a_failure_not_a_traceback():
+    pytest.importorskip(
+        "torchcodec", reason="datasets encodes audio of a generator by torchcodec", exc_type=ImportError
+    )
+
     def rows(shards):
         for shard in shards:
             for index in range(9):
@@ -221,6 +225,8 @@ def test_a_stream_that_breaks_off_is_a_failure_not_a_traceback():
 def test_a_source_of_ones_own(folder):
     """Any `IterableDataset` with an Audio column: mapped, filtered, interleaved."""
     loaded = datasets.load_dataset(str(folder), split="train", streaming=True)
+    # Without `decode=False`, datasets would decode what its own filter sees.
+    loaded = loaded.cast_column("audio", datasets.Audio(decode=False))
     chosen = loaded.filter(lambda row: row["id"] < "u20").rename_column("audio", "sound")
     settings = config("x")
     builder = BatchBuilder(settings.data, settings.masking, MODEL)
