@@ -12,6 +12,7 @@ import math
 import sys
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -121,7 +122,7 @@ class Settings:
         return not self.freeze_encoder and step > self.freeze_encoder_steps
 
 
-class Task:
+class Task(ABC):
     """A model with labels of one kind. Subclasses say what they are, how they are scored and what is saved.
 
     Args:
@@ -156,17 +157,17 @@ class Task:
         """How many things the loss of a batch is a mean over."""
         return len(labels)
 
+    @abstractmethod
     def example_labels(self, frames: int) -> Tensor:
         """Labels of one utterance of this many frames, for a pass that only gets things going."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, output: Any, batch: LabelledBatch) -> list[Any]:
         """What is kept of a batch's outputs, per row, for `score`; small, and on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, predictions: Mapping[int, Any], part: Part) -> dict[str, float]:
         """Scores from predictions by utterance."""
-        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Write what the model folder holds, its card aside."""
