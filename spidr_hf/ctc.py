@@ -74,9 +74,7 @@ def frames_needed(tokens: np.ndarray) -> int:
 def expect_blanks(model: SpidrForCTC, share: float) -> None:
     """Have a new head predict the blank with this probability in every frame, and all other tokens alike.
 
-    Without it a head begins by spelling a token in nearly every frame. Its first gradients are then large and all alike
-    ("blank!"), and the encoder can follow them into giving the same output for every frame, from which it does not come
-    back.
+    Without it a head begins by spelling a token in nearly every frame, and its first gradients mostly ask for blanks.
     """
     blank, others = model.config.pad_token_id, model.config.vocab_size - 1
     with torch.no_grad():

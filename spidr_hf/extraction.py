@@ -6,7 +6,7 @@ Long recordings are cut into windows. A recording that fits into one window (60 
 longer one is standardised whole and then computed in overlapping windows, of which the outer part (2 s of context on
 either side that has a neighbour) is discarded. Convolutions reach less than 1.5 s, so for them there is no seam;
 attention sees a window of 60 s, and of it at least 2 s on either side, instead of the whole recording (models are
-pretrained on at most 20 s). So a second of a long recording costs 7 % more than a second of one of 60 s, however long
+pretrained on at most 20 s). So 60 s are computed for every 56 s of a long recording, however long
 it is. A group-norm extractor takes its statistics per window.
 """
 

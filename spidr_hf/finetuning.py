@@ -59,8 +59,8 @@ class Settings:
             shares of the steps, the rest decays to a hundredth.
         batch_seconds: audio in a batch of one process, padding included.
         accumulation: batches of each process in an update.
-        freeze_encoder_steps: updates at first in which only the head trains. Without them a new head's first, large
-            and one-sided gradients can flatten the encoder (its output then is the same for every frame).
+        freeze_encoder_steps: updates at first in which only the head trains. Without them the
+            encoder follows the gradients of a head that knows nothing yet.
         freeze_encoder: only the head trains, from beginning to end, on features without dropout and masks.
         train_extractor: the convolutional feature extractor trains, too (whenever the encoder does).
         dtype: autocast precision of training, "bfloat16" or "float32"; validation is in float32.

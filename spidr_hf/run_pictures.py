@@ -1,7 +1,7 @@
 """The picture of a run's curves, `curves.png`, drawn every few minutes as the run goes, and once more at its end.
 
 Another process draws it, at the lowest priority until the run is over: a thread would take Python's lock from the
-training loop for the second that it needs. Starting that process takes the loop a few milliseconds.
+training loop for as long as it draws.
 """
 
 import importlib.util
