@@ -222,12 +222,18 @@ def test_a_stream_that_breaks_off_is_a_failure_not_a_traceback():
     assert all(batch.failure is None for batch in good)
 
 
-def test_a_source_of_ones_own(folder):
-    """Any `IterableDataset` with an Audio column: mapped, filtered, interleaved."""
+@pytest.mark.parametrize("column", ["audio", "sound"])
+def test_a_source_of_ones_own(folder, column):
+    """Any `IterableDataset` with an Audio column: filtered, renamed."""
     loaded = datasets.load_dataset(str(folder), split="train", streaming=True)
     # Without `decode=False`, datasets would decode what its own filter sees.
     loaded = loaded.cast_column("audio", datasets.Audio(decode=False))
-    chosen = loaded.filter(lambda row: row["id"] < "u20").rename_column("audio", "sound")
+    chosen = loaded.filter(lambda row: row["id"] < "u20")
+    if column != "audio":
+        pytest.importorskip(
+            "torchcodec", reason="datasets encodes a renamed column by torchcodec", exc_type=ImportError
+        )
+        chosen = chosen.rename_column("audio", column)
     settings = config("x")
     builder = BatchBuilder(settings.data, settings.masking, MODEL)
     source = StreamingSource(chosen)
