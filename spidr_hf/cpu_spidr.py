@@ -1,9 +1,9 @@
-"""What runs faster on CPUs in another form than PyTorch's own: matrix products without gradients, and dropout.
+"""What runs faster on CPUs in another form than PyTorch's own: matrix products, and dropout.
 
 **Products.** On x86 `F.linear` in float32 goes to MKL, which is a third slower than oneDNN on some CPUs and cannot
-apply the GELU in the same pass. oneDNN is reached by the operator that the compiler uses for it, which has no
-gradient: it runs where none is wanted (inference, the teacher, a frozen extractor). Everything else, and any module
-that is more than a plain `nn.Linear` (quantised, wrapped, with hooks), takes the ordinary way.
+apply the GELU in the same pass. oneDNN is reached by the operator that the compiler uses for it. It has no gradient:
+where one is wanted, `_Product` gives it for float32 (in bfloat16 PyTorch takes oneDNN by itself). Any module that is
+more than a plain `nn.Linear` (quantised, wrapped, with hooks) takes the ordinary way.
 
 **Dropout.** PyTorch draws one Bernoulli number per element on a CPU, which costs more than attention itself. Sixteen
 bits of a random integer decide as well: the rate is rounded to a multiple of 1/65536 and the scale follows it.
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _LEVELS = 1 << 16
+_PIECE_ROWS = 512
 
 
 def _onednn() -> bool:
@@ -41,11 +42,15 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def fast_products(x: Tensor, *weights: Tensor | None) -> bool:
-    """Whether products of `x` with `weights` (which may be None) run on oneDNN directly: see the top of the file."""
+    """Whether products of `x` with `weights` (which may be None) run on oneDNN, and nothing wants their gradient."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))
+    return not wanted and onednn_takes(x, *weights)
+
+
+def onednn_takes(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether oneDNN can be given products of `x` with `weights` directly: see the top of the file."""
     tensors = [x, *(weight for weight in weights if weight is not None)]
     if x.device.type != "cpu" or not plain_mode() or not _onednn():
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     autocast = torch.is_autocast_enabled("cpu")
     for tensor in tensors:
@@ -60,19 +65,65 @@ def fast_products(x: Tensor, *weights: Tensor | None) -> bool:
 def fast_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """`x @ weight.T + bias`, with exact GELU on request; where `fast_products` holds. x: ... x I, weight: O x I."""
     dtype = product_dtype(x)
-    weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if not weight.t().is_contiguous():
+        weight = weight.contiguous()
     activation, algorithm = ("gelu", "none") if gelu else ("none", "")
     return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, activation, [], algorithm)
 
 
+def row_pieces(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...] | None:
+    """`x` (... x C) in pieces of rows to be led through `modules` by themselves; None where that pays nothing.
+
+    What is made of a piece stays in the cache, and oneDNN chooses poor blocks for some numbers of rows above these.
+    """
+    if not plain_mode() or not all(_is_plain(module) and fast_products(x, module.weight) for module in modules):
+        return None
+    rows = x.numel() // x.shape[-1]
+    pieces = -(-rows // (_PIECE_ROWS * torch.get_num_threads()))
+    return x.reshape(rows, -1).tensor_split(pieces) if pieces > 1 else None
+
+
 def linear(module: nn.Module, x: Tensor, activation: nn.Module | None = None) -> Tensor:
     """`activation(module(x))`, in one pass where that can be done and the activation is the exact GELU."""
-    if plain_mode() and _is_plain(module) and fast_products(x, module.weight, module.bias):
+    fast = plain_mode() and _is_plain(module) and onednn_takes(x, module.weight, module.bias)
+    if fast and fast_products(x, module.weight, module.bias):
         gelu = activation is not None and _is_exact_gelu(activation)
         x = fast_product(x, module.weight, module.bias, gelu)
         return x if gelu or activation is None else activation(x)
-    x = module(x)
+    if fast and product_dtype(x) == torch.float32 == x.dtype == module.weight.dtype:
+        x = _Product.apply(x, module.weight, module.bias)
+    else:
+        x = module(x)
     return x if activation is None else activation(x)
+
+
+class _Product(torch.autograd.Function):
+    """`fast_product` in float32, with gradients."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return fast_product(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+        grad_x = None
+        if need_x and torch.is_grad_enabled():  # the gradient is to be differentiated in turn
+            grad_x = grad @ weight
+        elif need_x:
+            grad_x = fast_product(rows, weight.t()).view_as(x)
+        # MKL is as fast for this one.
+        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None
+        return grad_x, grad_weight, rows.sum(0) if ctx.has_bias and need_bias else None
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -182,6 +233,8 @@ __all__ = [
     "fast_products",
     "gelu_in_place",
     "linear",
+    "onednn_takes",
     "product_dtype",
+    "row_pieces",
     "strided_convolution",
 ]

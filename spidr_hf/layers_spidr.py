@@ -24,10 +24,13 @@ from .cpu_spidr import (
     attention_drops_fast,
     convolution_taps,
     dropout_attention,
+    fast_product,
     fast_products,
     gelu_in_place,
     linear,
+    onednn_takes,
     product_dtype,
+    row_pieces,
     strided_convolution,
 )
 from .kernels_spidr import grouped_conv1d, kernels_run, norm_gelu
@@ -72,6 +75,11 @@ class _StridedConv1d(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
         out_channels, channels, kernel = weight.shape
         taps = weight.permute(2, 1, 0).reshape(kernel * channels, out_channels)
+        ctx.save_for_backward(x, taps)
+        ctx.stride, ctx.shape, ctx.has_bias = stride, weight.shape, bias is not None
+        ctx.fast = x.dtype == torch.float32 and onednn_takes(x, weight, bias)
+        if ctx.fast:
+            return strided_convolution(x, convolution_taps(weight, stride, x.dtype), bias, stride)
         windows = x.view(-1, stride * channels)
         out = None
         for shift, first, last in _tap_groups(kernel, stride, channels):
@@ -81,8 +89,6 @@ class _StridedConv1d(torch.autograd.Function):
                 out = inputs @ group if bias is None else torch.addmm(bias, inputs, group)
             elif shift < len(out):
                 out[:-shift].addmm_(windows[shift:, : last - first], group)
-        ctx.save_for_backward(x, taps)
-        ctx.stride, ctx.shape, ctx.has_bias = stride, weight.shape, bias is not None
         return out
 
     @staticmethod
@@ -100,7 +106,15 @@ class _StridedConv1d(torch.autograd.Function):
         for shift, first, last in _tap_groups(kernel, ctx.stride, channels):
             outputs = grad[: len(grad) - shift] if shift else grad
             width = last - first
-            if need_x and shift == 0:
+            if need_x and ctx.fast:
+                product = fast_product(outputs, taps[first:last])
+                if shift:
+                    grad_windows[shift:, :width] += product
+                elif width == grad_windows.shape[1]:
+                    grad_windows = product
+                else:
+                    grad_windows[:, :width] = product
+            elif need_x and shift == 0:
                 torch.mm(outputs, taps[first:last].t(), out=grad_windows[:, :width])
             elif need_x:
                 grad_windows[shift:, :width].addmm_(outputs, taps[first:last].t())
@@ -383,6 +397,12 @@ class SpidrFeedForward(nn.Module):
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        pieces = row_pieces(hidden_states, self.intermediate_dense, self.output_dense)
+        if pieces is not None:
+            return torch.cat([self._transform(piece) for piece in pieces]).view(hidden_states.shape)
+        return self._transform(hidden_states)
+
+    def _transform(self, hidden_states: Tensor) -> Tensor:
         hidden_states = linear(self.intermediate_dense, hidden_states, self.activation)
         return linear(self.output_dense, self.dropout(hidden_states))
 

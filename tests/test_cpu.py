@@ -1,6 +1,5 @@
 """The forms for CPUs against the obvious ones, and when they must not run."""
 
-import copy
 
 import pytest
 import reference
@@ -19,8 +18,10 @@ from spidr_hf.cpu_spidr import (
     fast_products,
     gelu_in_place,
     linear,
+    row_pieces,
     strided_convolution,
 )
+from spidr_hf.layers_spidr import conv1d_channels_last
 
 needs_onednn = pytest.mark.skipif(not cpu_spidr._onednn(), reason="this PyTorch or CPU has no oneDNN products")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -55,13 +56,65 @@ def test_products_equal_the_plain_ones(dtype, bias):
         assert linear(module.float(), x.float()).dtype == torch.bfloat16
 
 
-def test_products_with_gradients_are_the_modules_own(forbidden):
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_products_equal_the_plain_ones(monkeypatch, bias, frozen):
+    module, x = nn.Linear(24, 40, bias=bias).requires_grad_(not frozen), torch.randn(2, 7, 24, requires_grad=True)
+    inputs = [x, *(() if frozen else module.parameters())]
+    expected = torch.autograd.grad(F.gelu(module(x)).square().sum(), inputs)
+    calls = []
+    product = cpu_spidr.fast_product
+    monkeypatch.setattr(cpu_spidr, "fast_product", lambda *args: calls.append(args) or product(*args))
+    out = linear(module, x, nn.GELU()).square().sum()
+    got = torch.autograd.grad(out, inputs, retain_graph=True)
+    assert len(calls) == 2  # forward, and the gradient of x
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    # A gradient that an expanded tensor comes back with, and one that is differentiated in turn.
+    (grad,) = torch.autograd.grad(linear(module, x).sum(), x)
+    torch.testing.assert_close(grad, module.weight.detach().sum(0).expand_as(x))
+    (first,) = torch.autograd.grad(out, x, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), x)[0].abs().sum() > 0
+
+
+def test_bfloat16_gradients_are_pytorchs_own(forbidden):
     module, x = nn.Linear(8, 4), torch.randn(3, 8)
-    linear(module, x, nn.GELU()).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(module, x, nn.GELU()).sum().backward()
     assert module.weight.grad is not None
-    frozen = copy.deepcopy(module).requires_grad_(False)
-    linear(frozen, x.requires_grad_()).sum().backward()
-    assert x.grad is not None
+
+
+@needs_onednn
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (7, 3), (10, 5), (2, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_strided_convolutions(kernel, stride, bias):
+    weight, x = torch.randn(6, 5, kernel, requires_grad=True), torch.randn(2, 8 * stride, 5, requires_grad=True)
+    inputs = [x, weight, *([torch.randn(6, requires_grad=True)] if bias else [])]
+    outputs = (8 * stride - kernel) // stride + 1
+    plain = F.conv1d(x.transpose(1, 2), weight, inputs[2] if bias else None, stride).transpose(1, 2)
+    expected = torch.autograd.grad(plain.square().sum(), inputs)
+    got = conv1d_channels_last(x, weight, inputs[2] if bias else None, stride)[:, :outputs]
+    torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(got.square().sum(), inputs), expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_onednn
+@torch.no_grad()
+def test_feed_forward_in_pieces(monkeypatch):
+    module = tiny_model().spidr.encoder.layers[0].feed_forward
+    x = torch.randn(3, 17, module.output_dense.out_features)
+    expected = module(x)
+    monkeypatch.setattr(cpu_spidr, "_PIECE_ROWS", 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    pieces = row_pieces(x, module.intermediate_dense, module.output_dense)
+    assert [len(piece) for piece in pieces] == [17, 17, 17]
+    torch.testing.assert_close(module(x), expected)
+    assert row_pieces(x[0], module.intermediate_dense) is None
+    # What looks at the products of a layer sees each of them once.
+    seen = []
+    module.intermediate_dense.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    module(x)
+    assert seen == [(3, 17, module.intermediate_dense.out_features)]
 
 
 @torch.no_grad()
