@@ -24,7 +24,8 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 import huggingface_hub
 from transformers.utils import logging
 
-from .cards import write_card
+from spidr_hf.model_card import converted_card
+
 from .checkpoints import read_config, read_pretraining_checkpoint
 from .errors import ConversionError
 from .model_folder import check_free, save_model, whole_folder
@@ -58,7 +59,9 @@ def convert(
     with whole_folder(output) as folder:
         save_model(converted, folder)
         step = int(converted.tensors["current_step"])
-        card = write_card(converted.config, model_id=model_id, origin=found.origin, update_count=step, card=found.card)
+        card = converted_card(
+            converted.config, model_id=model_id, origin=found.origin, update_count=step, card=found.card
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return found
 

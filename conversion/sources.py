@@ -25,10 +25,11 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
+from spidr_hf.model_card import CARDS
+
 from .checkpoints import read_config
 from .errors import ConversionError
 
-CARDS = Path(__file__).resolve().parent.parent / "model_cards"
 MIRROR_VARIABLE = "SPIDR_HF_MIRROR"
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>.+))?")

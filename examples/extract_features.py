@@ -29,16 +29,13 @@ from spidr_hf.commands import (
     add_extraction_arguments,
     clear_errors,
     device_of,
+    extract_to,
     layout_of,
     load_model,
-    options_of,
-    report,
     start_processes,
 )
-from spidr_hf.dataset_source import open_data
-from spidr_hf.extraction import Extractor, check_layers, feature_outputs, prediction_outputs, unit_layers
-from spidr_hf.extraction_files import FeatureStore, run_extraction
-from spidr_hf.units import describe_model
+from spidr_hf.extraction import check_layers, feature_outputs, prediction_outputs, unit_layers
+from spidr_hf.extraction_stores import FeatureStore
 
 
 def main() -> None:
@@ -51,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     with clear_errors():
         layout = layout_of(args)
-        state = start_processes()
+        start_processes()
         model, feature_extractor = load_model(
             SpidrForAudioTokenization if args.predictions else SpidrModel,
             args.model,
@@ -67,28 +64,8 @@ def main() -> None:
             layers = check_layers(args.layers or range(1, last + 1), 1, last, "representation")
             outputs = feature_outputs(model, layers, before_residual=not args.after_residual)
             kind = {"kind": "features", "before_residual": not args.after_residual}
-        source = open_data(args.data, resample=args.resample, progress=state.is_main_process)
-        extractor = Extractor(
-            model,
-            feature_extractor,
-            outputs,
-            window=args.window_seconds,
-            context=args.context_seconds,
-            max_batch_seconds=args.batch_seconds,
-        )
-        provenance = {**describe_model(model), **kind, **options_of(args)}
-        fileids = [source.fileid(i) for i in range(len(source))]
-        store = FeatureStore(
-            args.out_dir,
-            layers,
-            fileids,
-            provenance,
-            layout=layout,
-            suffix=f".{args.format}",
-            overwrite=args.overwrite,
-        )
-        if summary := run_extraction(source, extractor, store, threads=args.threads):
-            report(summary)
+        suffix = f".{args.format}"
+        extract_to(FeatureStore, args, layout, model, feature_extractor, layers, outputs, kind, suffix=suffix)
 
 
 if __name__ == "__main__":

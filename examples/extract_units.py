@@ -33,18 +33,15 @@ from spidr_hf.commands import (
     add_extraction_arguments,
     clear_errors,
     device_of,
+    extract_to,
     file_hash,
     layout_of,
     load_model,
-    options_of,
-    report,
     start_processes,
 )
-from spidr_hf.dataset_source import open_data
-from spidr_hf.extraction import Extractor, cluster_outputs, teacher_outputs, unit_layers, unit_outputs
-from spidr_hf.extraction_files import UnitStore, run_extraction
+from spidr_hf.extraction import cluster_outputs, teacher_outputs, unit_layers, unit_outputs
+from spidr_hf.extraction_stores import UnitStore
 from spidr_hf.kmeans import load_kmeans
-from spidr_hf.units import describe_model
 
 
 def main() -> None:
@@ -59,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     with clear_errors():
         layout = layout_of(args)
-        state = start_processes()
+        start_processes()
         kmeans = load_kmeans(args.kmeans) if args.kmeans else None
         model_class = SpidrForPretraining if args.teacher else SpidrForAudioTokenization
         model, feature_extractor = load_model(
@@ -87,26 +84,8 @@ def main() -> None:
             outputs = (teacher_outputs if args.teacher else unit_outputs)(model, layers)
             name = "teacher labels" if args.teacher else "codebook predictions"
             kind = {"kind": name, "num_units": model.config.codebook_size}
-        source = open_data(args.data, resample=args.resample, progress=state.is_main_process)
-        extractor = Extractor(
-            model,
-            feature_extractor,
-            outputs,
-            window=args.window_seconds,
-            context=args.context_seconds,
-            max_batch_seconds=args.batch_seconds,
-        )
-        store = UnitStore(
-            args.out_dir,
-            layers,
-            [source.fileid(i) for i in range(len(source))],
-            {**describe_model(model), **kind, **options_of(args)},
-            layout=layout,
-            collapse=args.deduplicate,
-            overwrite=args.overwrite,
-        )
-        if summary := run_extraction(source, extractor, store, threads=args.threads):
-            report(summary)
+        collapse = args.deduplicate
+        extract_to(UnitStore, args, layout, model, feature_extractor, layers, outputs, kind, collapse=collapse)
 
 
 if __name__ == "__main__":

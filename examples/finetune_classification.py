@@ -36,21 +36,22 @@ if not __package__:
 from typing import Any
 
 from spidr_hf import SpidrForAudioFrameClassification, SpidrForSequenceClassification, SpidrForXVector
+from spidr_hf.allocation import keep_freed_memory
 from spidr_hf.audio import SAMPLING_RATE
 from spidr_hf.classification import FrameTask, SpeakerTask, UtteranceTask, label_fields, layer_weights
 from spidr_hf.commands import clear_errors, start_processes
-from spidr_hf.dataset_source import open_data
-from spidr_hf.finetuning import describe_scores, finetune
+from spidr_hf.finetuning import finetune
 from spidr_hf.finetuning_commands import (
     add_finetuning_arguments,
     config_changes,
+    describe_run,
     draw,
-    labelled,
     load_for_finetuning,
+    open_parts,
     settings_of,
-    without_held_out,
 )
 from spidr_hf.finetuning_data import Part
+from spidr_hf.finetuning_report import describe_scores
 from spidr_hf.labels import Labels, read_phones
 from spidr_hf.manifests import AudioSource
 from spidr_hf.run_state import die_with_launcher
@@ -78,21 +79,13 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     """Opens everything, trains, and prints the scores."""
     settings = settings_of(args)
+    keep_freed_memory()
     state = start_processes()
     if args.task != "frame" and not args.column:
         if args.task == "utterance":
             raise ValueError("--task utterance needs --column: which column has the labels.")
         args.column = "speaker"
-    labels: dict[str, Any] = {}
-    parts: list[tuple[str, AudioSource, Any]] = []
-    for name, data in (("training", args.data), ("validation", args.valid)):
-        source = open_data(data, resample=args.resample, progress=state.is_main_process)
-        labels |= read_phones(args.labels, args.tier) if args.task == "frame" else read_column(args, data, source)
-        kept, away = without_held_out(source, args.labels, data, args.hold_out)
-        parts.append((name, source, labelled(source, kept, labels, name)))
-        if args.hold_out and name == "validation":
-            parts.append((f"held out, {args.hold_out}", source, labelled(source, away, labels, "the held-out test")))
-
+    labels, parts = open_parts(args, lambda data, source: read_labels(args, data, source))
     _, source, indices = parts[0]
     seen = [labels[source.fileid(index)] for index in indices]
     names = sorted(
@@ -103,14 +96,7 @@ def run(args: argparse.Namespace) -> None:
     task_class, model_class = TASKS[args.task]
     changes = config_changes(args) | {"use_weighted_layer_sum": args.weighted_layer_sum}
     model, feature_extractor = load_for_finetuning(model_class, args, changes | label_fields(names))
-    description = {
-        "model": args.model,
-        "task": args.task,
-        "names": names,
-        "random_encoder": args.random_encoder,
-        "hold_out": args.hold_out,
-        "config": changes,
-    }
+    description = describe_run(args, changes, task=args.task, names=names)
     max_samples = round(args.max_seconds * SAMPLING_RATE)
     task = task_class(model, feature_extractor, names, labels, description, max_samples)
     made = [Part(name, source, indices, task.labels(source)) for name, source, indices in parts]
@@ -127,8 +113,10 @@ def run(args: argparse.Namespace) -> None:
         print(args.out_dir / "final")
 
 
-def read_column(args: argparse.Namespace, data: str, source: AudioSource) -> dict[str, str]:
-    """The label of every utterance that has one, by file id."""
+def read_labels(args: argparse.Namespace, data: str, source: AudioSource) -> dict[str, Any]:
+    """The label of every utterance that has one, or its phones, by file id."""
+    if args.task == "frame":
+        return read_phones(args.labels, args.tier)
     return {fileid: str(value) for fileid, value in Labels(args.labels, data, source).column(args.column).items()}
 
 

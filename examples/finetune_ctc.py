@@ -33,6 +33,7 @@ if not __package__:
 from transformers import Wav2Vec2Processor
 
 from spidr_hf import SpidrForCTC
+from spidr_hf.allocation import keep_freed_memory
 from spidr_hf.audio import SAMPLING_RATE
 from spidr_hf.commands import clear_errors, start_processes
 from spidr_hf.ctc import (
@@ -45,18 +46,19 @@ from spidr_hf.ctc import (
     normalize_text,
     usable,
 )
-from spidr_hf.dataset_source import open_data
-from spidr_hf.finetuning import describe_scores, evaluate, finetune, say
+from spidr_hf.finetuning import finetune
 from spidr_hf.finetuning_commands import (
     add_finetuning_arguments,
     config_changes,
+    describe_run,
     draw,
-    labelled,
     load_for_finetuning,
+    open_parts,
     settings_of,
-    without_held_out,
 )
 from spidr_hf.finetuning_data import Part
+from spidr_hf.finetuning_report import describe_scores, say
+from spidr_hf.finetuning_task import evaluate
 from spidr_hf.labels import Labels, read_phones, without_silence
 from spidr_hf.manifests import AudioSource
 from spidr_hf.run_state import die_with_launcher
@@ -81,17 +83,9 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     """Opens everything, trains, and prints the error rates."""
     settings = settings_of(args)
+    keep_freed_memory()
     state = start_processes()
-    targets: dict[str, str] = {}
-    parts: list[tuple[str, AudioSource, Any]] = []
-    for name, data in (("training", args.data), ("validation", args.valid)):
-        source = open_data(data, resample=args.resample, progress=state.is_main_process)
-        targets |= read_targets(args, data, source)
-        kept, away = without_held_out(source, args.labels, data, args.hold_out)
-        parts.append((name, source, labelled(source, kept, targets, name)))
-        if args.hold_out and name == "validation":
-            parts.append((f"held out, {args.hold_out}", source, labelled(source, away, targets, "the held-out test")))
-
+    targets, parts = open_parts(args, lambda data, source: read_targets(args, data, source))
     _, source, indices = parts[0]
     tokenizer = make_tokenizer(args.units, (targets[source.fileid(index)] for index in indices))
     changes = config_changes(args) | {
@@ -103,15 +97,8 @@ def run(args: argparse.Namespace) -> None:
         "ctc_zero_infinity": True,
     }
     model, feature_extractor = load_for_finetuning(SpidrForCTC, args, changes)
-    description = {
-        "model": args.model,
-        "task": "ctc",
-        "units": args.units,
-        "tokens": tokenizer.convert_ids_to_tokens(range(len(tokenizer))),
-        "random_encoder": args.random_encoder,
-        "hold_out": args.hold_out,
-        "config": changes,
-    }
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    description = describe_run(args, changes, task="ctc", units=args.units, tokens=tokens)
     task = CTCTask(model, Wav2Vec2Processor(feature_extractor, tokenizer), args.units, targets, description)
     made: list[Part] = []
     for name, source, indices in parts:

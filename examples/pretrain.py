@@ -77,6 +77,7 @@ from spidr_hf.pretraining import (
     compile_layers,
     distribute,
     drop_frozen,
+    end_trackers,
     exclude_parameters,
     gather_all,
     initial_model,
@@ -177,7 +178,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
     use_kernels(config.run.kernels)
     if config.run.compile and device.type == "cuda":
         keep_compiled(output_dir / "compiled")
-        compile_layers(model)
+        compile_layers(model, convolutions=config.run.compile_convolutions)
     elif config.run.compile:
         notes.append("`run.compile` has no effect on this device.")
     if sharding := sharding_plugin(accelerator):
@@ -200,7 +201,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
     loss_scale = LossScale(config.optimizer.dtype == "float16", state.loss_scale)
     precision, move = autocast(config, device), BatchMover(device)
     updates = Updates(model, optimizer, state, loss_scale, reporter, config.run.max_nonfinite_steps)
-    stop = StopSignal(device)
+    stop = StopSignal(device, folders=[checkpoints.folder, output_dir])
     profiler = StepProfiler(output_dir, config.run.profile_steps if is_main else None)
     if is_main and config.run.push_to_hub:
         hub = HubPush(config.run.push_to_hub, config, output_dir)
@@ -276,6 +277,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
     distributed = None
     gc.collect()
     accelerator.end_training()
+    end_trackers()
     # The other processes need not wait for a network.
     if is_main and config.run.push_to_hub and trained is not None and hub.final(output_dir / "final"):
         reporter.say(f"Pushed to https://huggingface.co/{hub.repo}")

@@ -161,23 +161,20 @@ def difference(peer: Peer, model: SpidrForPretraining, waveforms: Tensor) -> flo
 
 
 class _Anything(ModuleType):
-    """A module that has every name."""
+    """A module that has every name but those that Python itself asks for."""
 
     def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return object
 
 
-def spidr_span_masks() -> Callable[..., Tensor] | None:
-    """`compute_mask_indices` of the `spidr` package, which draws one row after the other; None without the package."""
-    if importlib.util.find_spec("spidr") is None:
-        return None
-    # They come with its audio loader, which wants a torchcodec that fits the newest torch only; masks use no audio.
+def _spidr_data(name: str) -> ModuleType:
+    """`spidr.data.NAME`. Its audio loader wants a torchcodec that fits the newest torch only; no audio is read here."""
     decoders = sys.modules.get("torchcodec.decoders")
     sys.modules["torchcodec.decoders"] = _Anything("torchcodec.decoders")
     try:
-        return importlib.import_module("spidr.data.masks").compute_mask_indices
-    except ImportError:
-        return None
+        return importlib.import_module(f"spidr.data.{name}")
     finally:
         if decoders is None:
             del sys.modules["torchcodec.decoders"]
@@ -185,4 +182,46 @@ def spidr_span_masks() -> Callable[..., Tensor] | None:
             sys.modules["torchcodec.decoders"] = decoders
 
 
-__all__ = ["PEERS", "TOLERANCE", "Peer", "difference", "installed_peers", "make_peer", "spidr_span_masks"]
+def spidr_span_masks() -> Callable[..., Tensor] | None:
+    """`compute_mask_indices` of the `spidr` package, which draws one row after the other; None without the package."""
+    if importlib.util.find_spec("spidr") is None:
+        return None
+    try:
+        return _spidr_data("masks").compute_mask_indices
+    except ImportError:
+        return None
+
+
+def spidr_batch(model: nn.Module, waveforms: Tensor) -> dict[str, Tensor]:
+    """What the `spidr` package's collator makes of B x S waveforms, by the names that its model's forward takes.
+
+    As it trains by default: rows of one length, no attention mask, the recipe's span masks.
+    """
+    from spidr.config import MaskingConfig
+
+    data = _spidr_data("dataset")
+    collator = data.SpeechCollatorWithMasking(
+        data.MaskGenerator(MaskingConfig()),
+        max_sample_size=waveforms.shape[1],
+        conv_layer_config=[
+            (layer.conv.out_channels, layer.conv.kernel_size[0], layer.conv.stride[0])
+            for layer in model.feature_extractor.conv_layers
+        ],
+        enable_padding=False,
+        rand_crop=True,
+    )
+    rows, attention_mask, mask_indices = collator(list(waveforms))
+    batch = {"waveforms": rows, "mask_indices": mask_indices, "attention_mask": attention_mask}
+    return {name: tensor for name, tensor in batch.items() if tensor is not None}
+
+
+__all__ = [
+    "PEERS",
+    "TOLERANCE",
+    "Peer",
+    "difference",
+    "installed_peers",
+    "make_peer",
+    "spidr_batch",
+    "spidr_span_masks",
+]

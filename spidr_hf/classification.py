@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .alignments import Phones
 from .feature_extraction_spidr import SpidrFeatureExtractor
-from .finetuning import Task
 from .finetuning_data import NO_LABEL, LabelledBatch, Part
+from .finetuning_task import Task
 from .labels import frame_phones
 from .layers_spidr import frame_lengths, receptive_field
 from .manifests import AudioSource

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -20,12 +20,14 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from .extraction import CONTEXT_SECONDS, WINDOW_SECONDS
-from .extraction_files import LAYOUTS, Layout
+from .dataset_source import open_data
+from .extraction import CONTEXT_SECONDS, WINDOW_SECONDS, Extractor, Outputs
+from .extraction_files import run_extraction
+from .extraction_stores import LAYOUTS, Layout, Store
 from .feature_extraction_spidr import SpidrFeatureExtractor
 from .modeling_spidr import SpidrConfig, SpidrPreTrainedModel
 from .run_state import RunFolderError
-from .units import FILE_KEYS, provenance_path
+from .units import FILE_KEYS, describe_model, provenance_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,15 +59,24 @@ def clear_errors(extra: str = "eval") -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
+def add_data_arguments(parser: argparse.ArgumentParser, out_dir: str, data: str = "") -> None:
+    """What commands that run a model over audio have in common: MODEL DATA OUT_DIR, --resample, --revision.
+
+    Args:
+        out_dir: help of OUT_DIR.
+        data: what DATA is for, where that needs to be said.
+    """
+    parser.add_argument("model", metavar="MODEL", help="model folder, or a name on the Hub")
+    kinds = "manifest (.csv, .jsonl, .tsv), folder of audio files, .tar, or a data set: folder or name:config:split"
+    parser.add_argument("data", metavar="DATA", help=f"{data}: {kinds}" if data else kinds)
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help=out_dir)
+    parser.add_argument("--resample", action="store_true", help="take audio of any rate and number of channels")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+
+
 def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `extract_features.py` and `extract_units.py`."""
-    parser.add_argument("model", metavar="MODEL", help="model folder, or a name on the Hub")
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="manifest (.csv, .jsonl, .tsv), folder of audio files, .tar, or a data set: folder or name:config:split",
-    )
-    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="where results go, a folder per layer")
+    add_data_arguments(parser, "where results go, a folder per layer")
     parser.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help="layers, counted from 1")
     group = parser.add_argument_group("files")
     group.add_argument("--layout", choices=LAYOUTS, default="plain", help="names that other tools expect (see above)")
@@ -90,25 +101,12 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
         default=CONTEXT_SECONDS,
         help="what is discarded beside every neighbouring window (default: %(default)g)",
     )
-    group.add_argument("--resample", action="store_true", help="take audio of any rate and number of channels")
     group.add_argument("--threads", type=int, default=2, help="files decoded at a time (default: %(default)s)")
-    group.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
 
 
 def layout_of(args: argparse.Namespace) -> Layout:
     """The layout that the arguments ask for."""
     return Layout(args.layout, args.language, args.split, getattr(args, "key", None))
-
-
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What results depend on beside model and layer, for the provenance."""
-    return {
-        "data": str(Path(args.data).resolve()) if Path(args.data).exists() else args.data,
-        "window_seconds": args.window_seconds,
-        "context_seconds": args.context_seconds,
-        "dtype": args.dtype,
-        "resample": args.resample or None,
-    }
 
 
 def start_processes() -> PartialState:
@@ -128,6 +126,29 @@ def device_of(name: str | None) -> torch.device:
         raise ValueError(f"{name!r} is no device: cpu, cuda or cuda:1, for example.") from error
 
 
+@contextmanager
+def loading(name: str, revision: str | None = None) -> Iterator[None]:
+    """Around a `from_pretrained`: what goes wrong becomes a `ValueError` of one line, as what is no such model does.
+
+    Args:
+        name, revision: MODEL, as the command got it.
+    """
+    if name.endswith((".pt", ".ckpt")) and Path(name).is_file():
+        raise ValueError(
+            f"{name} is a checkpoint of the original code: convert it with conversion/convert_checkpoint.py."
+        )
+    if (Path(name).exists() or name.startswith((".", "/", "~"))) and not Path(name, "config.json").exists():
+        raise ValueError(f"{name} is no model folder: there is no config.json in it.")
+    try:
+        config_type = SpidrConfig.get_config_dict(name, revision=revision)[0].get("model_type")
+        if config_type != SpidrConfig.model_type:
+            raise ValueError(f"{name} holds a model of type {config_type}, not {SpidrConfig.model_type}.")
+        yield
+    except (OSError, HFValidationError, HfHubHTTPError, SafetensorError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"The model {name} cannot be loaded: {first_line}") from error
+
+
 def load_model(
     model_class: type[SpidrPreTrainedModel],
     name: str,
@@ -140,29 +161,61 @@ def load_model(
 
     Raises `ValueError` for what is no SpidR or DinoSR model, and for one without the weights that the class needs.
     """
-    if name.endswith((".pt", ".ckpt")) and Path(name).is_file():
-        raise ValueError(
-            f"{name} is a checkpoint of the original code: convert it with conversion/convert_checkpoint.py."
-        )
-    if (Path(name).exists() or name.startswith((".", "/", "~"))) and not Path(name, "config.json").exists():
-        raise ValueError(f"{name} is no model folder: there is no config.json in it.")
-    try:
-        config_type = SpidrConfig.get_config_dict(name, revision=revision)[0].get("model_type")
-        if config_type != SpidrConfig.model_type:
-            raise ValueError(f"{name} holds a model of type {config_type}, not {SpidrConfig.model_type}.")
-        model, loading = model_class.from_pretrained(
+    with loading(name, revision):
+        model, found = model_class.from_pretrained(
             name, revision=revision, dtype=DTYPES[dtype], output_loading_info=True
         )
         extractor = SpidrFeatureExtractor.from_pretrained(name, revision=revision)
-    except (OSError, HFValidationError, HfHubHTTPError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(f"The model {name} cannot be loaded: {first_line}") from error
-    if missing := sorted(loading["missing_keys"]):
+    if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{name} lacks weights that {model_class.__name__} needs, for example {missing[0]}: it is not a "
             "pretraining checkpoint, or not the whole of one."
         )
     return model.to(device).eval(), extractor
+
+
+def extract_to(
+    store_class: type[Store],
+    args: argparse.Namespace,
+    layout: Layout,
+    model: PreTrainedModel,
+    feature_extractor: SpidrFeatureExtractor,
+    layers: Sequence[int],
+    outputs: Outputs,
+    kind: Mapping[str, Any],
+    **store_options: Any,
+) -> None:
+    """Run a model over DATA into OUT_DIR, as the arguments of `add_extraction_arguments` say, and print what was done.
+
+    Args:
+        layers, outputs: what is computed, and of which layers.
+        kind: what that is, for the provenance.
+        store_options: of `store_class` alone.
+    """
+    source = open_data(args.data, resample=args.resample, progress=PartialState().is_main_process)
+    extractor = Extractor(
+        model,
+        feature_extractor,
+        outputs,
+        window=args.window_seconds,
+        context=args.context_seconds,
+        max_batch_seconds=args.batch_seconds,
+    )
+    provenance = {
+        **describe_model(model),
+        **kind,
+        "data": str(Path(args.data).resolve()) if Path(args.data).exists() else args.data,
+        "window_seconds": args.window_seconds,
+        "context_seconds": args.context_seconds,
+        "dtype": args.dtype,
+        "resample": args.resample or None,
+    }
+    fileids = [source.fileid(index) for index in range(len(source))]
+    store = store_class(
+        args.out_dir, layers, fileids, provenance, layout=layout, overwrite=args.overwrite, **store_options
+    )
+    if summary := run_extraction(source, extractor, store, threads=args.threads):
+        report(summary)
 
 
 def file_hash(path: str | os.PathLike) -> str:
@@ -213,14 +266,16 @@ def report(summary: Any) -> None:
 __all__ = [
     "DTYPES",
     "FILE_KEYS",
+    "add_data_arguments",
     "add_extraction_arguments",
     "clear_errors",
     "device_of",
+    "extract_to",
     "file_hash",
     "known_units",
     "layout_of",
     "load_model",
-    "options_of",
+    "loading",
     "report",
     "start_processes",
     "unit_files",

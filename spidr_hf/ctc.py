@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizer, Wav2Vec2CTCTokenizer, Wav2Vec2PhonemeCTCTokenizer
 
 from .configuration_spidr import SpidrConfig
-from .finetuning import Task
 from .finetuning_data import LabelledBatch, Part
+from .finetuning_task import Task
 from .layers_spidr import frame_lengths
 from .modeling_spidr_heads import SpidrForCTC
 

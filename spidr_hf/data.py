@@ -297,6 +297,11 @@ def min_samples(model: SpidrConfig) -> int:
     return receptive_field(model) + model.inputs_to_logits_ratio
 
 
+def too_short(fileid: str, samples: int, lowest: int) -> Skipped:
+    """An utterance of fewer than the `lowest` samples that a run takes."""
+    return Skipped(fileid, f"{fileid}: has {samples} samples at 16 kHz, at least {lowest} are needed.")
+
+
 def empty_batch(key: BatchKey, skipped: list[Skipped], failure: str) -> Batch:
     """A batch that says why there is none."""
     return Batch(torch.empty(0, 0), None, None, key, 0, skipped, failure)
@@ -323,4 +328,5 @@ __all__ = [
     "make_loader",
     "make_sampler",
     "min_samples",
+    "too_short",
 ]

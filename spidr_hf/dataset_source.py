@@ -15,7 +15,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from .audio import AudioError, read_audio, read_info
-from .manifests import AudioSource, ManifestError, Skipped, open_manifest
+from .manifests import AudioSource, ManifestError, Skipped, load_scan, open_manifest, save_scan
 from .mixture import MixedSource
 
 # Columns that name an utterance, in the order they are looked for.
@@ -25,6 +25,7 @@ _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 # A saved data set is one table; it is streamed in so many parts.
 _SAVED_SHARDS = 64
 _SCAN_THREADS = 8
+_SCANNED = pa.schema({"row": pa.int64(), "fileid": pa.large_string(), "num_samples": pa.int64()})
 
 
 class DatasetSource:
@@ -34,39 +35,38 @@ class DatasetSource:
         dataset: A `datasets.Dataset`.
         resample: Take audio of any rate and number of channels.
         name: What error messages call it.
+        cache: Arrow file that keeps what the headers say, so that the next start reads none; it is made anew when the
+            data set changes. Audio files that its rows only name count as unchanged.
         progress: Show a bar while headers are read.
 
     Raises `ManifestError` where there is no audio column, or no audio that can be used.
     """
 
-    def __init__(self, dataset: Any, *, resample: bool = False, name: str = "data set", progress: bool = True):
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        resample: bool = False,
+        name: str = "data set",
+        cache: str | Path | None = None,
+        progress: bool = True,
+    ):
         from datasets import Audio
 
         self.column, self.name, self.resample = audio_column(dataset, name), name, resample
         self.dataset = dataset.cast_column(self.column, Audio(decode=False))
-        fileids = self._fileids()
-
-        def length(index: int) -> int | AudioError:
-            try:
-                source, name = self._audio(index, fileids[index])
-                return read_info(source, name=name, resample=resample).num_samples_16k
-            except AudioError as error:
-                return error
-
-        with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-            found = pool.map(length, range(len(dataset)))
-            bar = tqdm(found, total=len(dataset), desc="Reading headers", disable=not progress, unit="file")
-            lengths = list(bar)
-        self._rows = np.array(
-            [i for i, entry in enumerate(lengths) if not isinstance(entry, AudioError)], dtype=np.int64
-        )
-        self.skipped = [Skipped(fileids[i], str(e)) for i, e in enumerate(lengths) if isinstance(e, AudioError)]
-        if not len(self._rows):
-            first = f"; the first: {self.skipped[0].reason}" if self.skipped else ""
-            raise ManifestError(f"{name}: none of its {len(dataset)} rows holds audio that can be used{first}")
+        key = f"data set {dataset._fingerprint} {len(dataset)} {self.column} {resample}"
+        found = None if cache is None else load_scan(cache, key)
+        if found is None:
+            table, self.skipped = self._scan(progress)
+            if cache is not None:
+                save_scan(cache, table, key, {"skipped": self.skipped})
+                found = load_scan(cache, key)
+        if found is not None:
+            table, self.skipped = found[0], found[1]["skipped"]
+        self._rows, self.num_samples = (table[column].to_numpy() for column in ("row", "num_samples"))
         # As an Arrow array: a list of a million names would be copied into every worker process.
-        self._names = pa.array([fileids[i] for i in self._rows], pa.large_string())
-        self.num_samples = np.array([lengths[i] for i in self._rows], dtype=np.int64)
+        self._names = table["fileid"]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -93,6 +93,29 @@ class DatasetSource:
         values = self.dataset.select(self._rows).select_columns(column)[column]
         names = getattr(self.dataset.features[column], "names", None)
         return [names[value] for value in values] if names else list(values)
+
+    def _scan(self, progress: bool) -> tuple[pa.Table, list[Skipped]]:
+        """The rows whose audio can be used, by their headers; and the others."""
+        fileids = self._fileids()
+
+        def length(row: int) -> int | AudioError:
+            try:
+                source, name = self._audio(row, fileids[row])
+                return read_info(source, name=name, resample=self.resample).num_samples_16k
+            except AudioError as error:
+                return error
+
+        count = len(self.dataset)
+        with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+            found = pool.map(length, range(count))
+            lengths = list(tqdm(found, total=count, desc="Reading headers", disable=not progress, unit="file"))
+        skipped = [Skipped(fileids[row], str(e)) for row, e in enumerate(lengths) if isinstance(e, AudioError)]
+        rows = [row for row, length in enumerate(lengths) if not isinstance(length, AudioError)]
+        if not rows:
+            first = f"; the first: {skipped[0].reason}" if skipped else ""
+            raise ManifestError(f"{self.name}: none of its {count} rows holds audio that can be used{first}")
+        columns = {"row": rows, "fileid": [fileids[row] for row in rows], "num_samples": [lengths[row] for row in rows]}
+        return pa.table(columns, _SCANNED), skipped
 
     def _audio(self, row: int, fileid: str) -> tuple[Any, str]:
         name = f"{self.name}, {fileid}"
@@ -157,9 +180,11 @@ def row_name(row: Mapping[str, Any], column: str) -> str:
     return os.path.splitext(os.path.basename((row[column] or {}).get("path") or ""))[0]
 
 
-def open_dataset(data: str | Path, *, resample: bool = False, progress: bool = True) -> DatasetSource:
+def open_dataset(
+    data: str | Path, *, resample: bool = False, cache: str | Path | None = None, progress: bool = True
+) -> DatasetSource:
     """The data set `name:config:split` of the Hub, or of a folder (`folder`, `folder:split`, `folder:config:split`)."""
-    return DatasetSource(load_dataset(data), resample=resample, name=str(data), progress=progress)
+    return DatasetSource(load_dataset(data), resample=resample, name=str(data), cache=cache, progress=progress)
 
 
 def load_dataset(data: str | Path, *, streaming: bool = False) -> Any:
@@ -218,15 +243,15 @@ def open_data(
         data: what the commands call DATA; a list of them makes a `MixedSource`.
         weights: with a list: how many times an epoch has each utterance of each of them (1 by default).
         resample: take audio of any rate and number of channels.
-        cache: where the scan of a folder, a tar or a manifest is kept (see `open_manifest`); with a list, the first is
-            kept under this name with `-0` before its suffix, and so on.
+        cache: where the scan of it is kept (see `open_manifest` and `DatasetSource`); with a list, the first is kept
+            under this name with `-0` before its suffix, and so on.
         progress: show a bar while headers are read.
 
     Raises `ManifestError` with what to do where `data` cannot be used.
     """
     if isinstance(data, (str, Path)):
         if is_dataset(data):
-            return open_dataset(data, resample=resample, progress=progress)
+            return open_dataset(data, resample=resample, cache=cache, progress=progress)
         return open_manifest(data, resample=resample, cache=cache, progress=progress)
     path = None if cache is None else Path(cache)
     caches = [path and path.with_stem(f"{path.stem}-{index}") for index in range(len(data))]

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .batching import BatchingError, Position
 from .configuration_spidr import SpidrConfig
-from .data import Batch, BatchBuilder, PretrainingBatches, make_loader, make_sampler
+from .data import Batch, BatchBuilder, PretrainingBatches, make_loader, make_sampler, min_samples, too_short
 from .dataset_source import open_data
 from .manifests import AudioSource, Skipped
 from .mixture import MixedSource
@@ -52,7 +54,7 @@ class EpochFeed:
         self._loader = make_loader(batches, self.sampler, config.data, pin_memory=pin_memory)
         self.notes = source.describe() if isinstance(source, MixedSource) else []
         # What was left out before any batch, of how many.
-        self.scanned: tuple[Sequence[Skipped], int] = (source.skipped, len(source) + len(source.skipped))
+        self.scanned: tuple[Sequence[Skipped], int] = unusable(source, config.data, model)
         self.amount = f"{self.sampler.hours:.1f} h of audio"
 
     def __iter__(self) -> Iterator[Batch]:
@@ -138,9 +140,16 @@ def open_source(data: DataSection, *, cache: str | Path | None = None, progress:
     )
 
 
+def unusable(source: AudioSource, data: DataSection, model: SpidrConfig) -> tuple[list[Skipped], int]:
+    """What a run leaves out before any batch, unreadable or too short; and of how many utterances."""
+    lengths, lowest = np.asarray(source.num_samples), max(data.min_sample_size, min_samples(model))
+    short = [too_short(source.fileid(int(i)), int(lengths[i]), lowest) for i in np.flatnonzero(lengths < lowest)]
+    return [*source.skipped, *short], len(source) + len(source.skipped)
+
+
 def make_feed(source: Any, *arguments: Any, **options: Any) -> EpochFeed | StreamFeed:
     """The feed that fits the source."""
     return (StreamFeed if isinstance(source, StreamingSource) else EpochFeed)(source, *arguments, **options)
 
 
-__all__ = ["EpochFeed", "StreamFeed", "make_feed", "open_source"]
+__all__ = ["EpochFeed", "StreamFeed", "make_feed", "open_source", "unusable"]

@@ -47,6 +47,11 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def is_writing(folder: str | os.PathLike) -> bool:
+    """Whether a `replaced_folder` in this folder is being written, by any process (or was, by one that was killed)."""
+    return any(Path(folder).glob(".*.partial"))
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """A text file that is there completely or not at all."""
     with replaced_file(path) as partial:
@@ -69,4 +74,4 @@ def _make_public(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-__all__ = ["replaced_file", "replaced_folder", "sync", "write_text"]
+__all__ = ["is_writing", "replaced_file", "replaced_folder", "sync", "write_text"]

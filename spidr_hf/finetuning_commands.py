@@ -1,18 +1,20 @@
 """What the commands `examples/finetune_*.py` share: arguments, opening model and data, choosing utterances."""
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
+from accelerate import PartialState
 
+from .commands import add_data_arguments, loading
 from .configuration_spidr import SpidrConfig
+from .dataset_source import open_data
 from .feature_extraction_spidr import SpidrFeatureExtractor
-from .finetuning import Settings, read_rows, say
+from .finetuning_report import read_rows, say
+from .finetuning_settings import Settings
 from .labels import Labels, held_out, parse_hold_out
 from .manifests import AudioSource
 from .modeling_spidr_heads import SpidrHeadModel
@@ -20,13 +22,7 @@ from .modeling_spidr_heads import SpidrHeadModel
 
 def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of both commands."""
-    parser.add_argument("model", metavar="MODEL", help="model folder, or a name on the Hub")
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="audio to train on: manifest (.csv, .jsonl, .tsv), folder, .tar or data set (folder or name:config:split)",
-    )
-    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="the run's folder")
+    add_data_arguments(parser, "the run's folder", data="audio to train on")
     parser.add_argument("--valid", required=True, metavar="DATA", help="audio to choose the best step by")
     parser.add_argument(
         "--labels",
@@ -43,8 +39,6 @@ def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep utterances with this value (speaker=slt) out of training and validation, and score those of --valid "
         "by themselves at the end",
     )
-    parser.add_argument("--resample", action="store_true", help="take audio of any rate and number of channels")
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     group = parser.add_argument_group("model")
     group.add_argument(
         "--random-encoder",
@@ -118,29 +112,46 @@ def load_for_finetuning(
     Raises `ValueError` for what is no SpidR or DinoSR model, and for one whose encoder is not complete.
     """
     name = args.model
-    if (Path(name).exists() or name.startswith((".", "/", "~"))) and not Path(name, "config.json").exists():
-        raise ValueError(
-            f"{name} is no model folder: there is no config.json in it. Checkpoints of the original code are converted "
-            "with conversion/convert_checkpoint.py."
-        )
     torch.manual_seed(args.seed)
-    try:
-        stored = SpidrConfig.get_config_dict(name, revision=args.revision)[0]
-        if stored.get("model_type") != SpidrConfig.model_type:
-            raise ValueError(f"{name} holds a model of type {stored.get('model_type')}, not {SpidrConfig.model_type}.")
+    with loading(name, args.revision):
         extractor = SpidrFeatureExtractor.from_pretrained(name, revision=args.revision)
         if args.random_encoder:
             config = SpidrConfig.from_pretrained(name, revision=args.revision, **changes)
             return model_class(config), extractor
-        model, loading = model_class.from_pretrained(
+        model, found = model_class.from_pretrained(
             name, revision=args.revision, dtype=torch.float32, output_loading_info=True, **changes
         )
-    except (OSError, HFValidationError, HfHubHTTPError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(f"The model {name} cannot be loaded: {first_line}") from error
-    if missing := sorted(key for key in loading["missing_keys"] if key.startswith("spidr.")):
+    if missing := sorted(key for key in found["missing_keys"] if key.startswith("spidr.")):
         raise ValueError(f"{name} lacks weights of the encoder, for example {missing[0]}: it is not the whole of one.")
     return model, extractor
+
+
+def open_parts(
+    args: argparse.Namespace, read: Callable[[str, AudioSource], Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[tuple[str, AudioSource, np.ndarray]]]:
+    """The labels of all utterances by file id; and name, source and utterances with labels of each part.
+
+    The parts are training, validation and, where there is one, what is held out of it.
+
+    Args:
+        read: labels by file id that belong to DATA (its name, and opened).
+    """
+    labels: dict[str, Any] = {}
+    parts: list[tuple[str, AudioSource, np.ndarray]] = []
+    for name, data in (("training", args.data), ("validation", args.valid)):
+        source = open_data(data, resample=args.resample, progress=PartialState().is_main_process)
+        labels |= read(data, source)
+        kept, away = without_held_out(source, args.labels, data, args.hold_out)
+        parts.append((name, source, labelled(source, kept, labels, name)))
+        if args.hold_out and name == "validation":
+            parts.append((f"held out, {args.hold_out}", source, labelled(source, away, labels, "the held-out test")))
+    return labels, parts
+
+
+def describe_run(args: argparse.Namespace, config: Mapping[str, Any], **particular: Any) -> dict[str, Any]:
+    """What the run is about (`Task.description`): of every command, and what is `particular` to one."""
+    common = {"model": args.model, "random_encoder": args.random_encoder, "hold_out": args.hold_out}
+    return {**common, **particular, "config": config}
 
 
 def without_held_out(
@@ -181,9 +192,9 @@ def draw(folder: Path, results: Mapping[str, Any], weights: Sequence[float] | No
 __all__ = [
     "add_finetuning_arguments",
     "config_changes",
+    "describe_run",
     "draw",
-    "labelled",
     "load_for_finetuning",
+    "open_parts",
     "settings_of",
-    "without_held_out",
 ]

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from .configuration_spidr import SpidrConfig
 from .feature_extraction_spidr import SpidrFeatureExtractor
 from .hub_spidr import AUTO_MAP, save_code_files
-from .model_card import model_card
+from .model_card import trained_card
 from .run_config import PretrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,8 @@ class HubPush:
         model.save_pretrained(staged)
         SpidrFeatureExtractor(do_normalize=self._config.data.normalize).save_pretrained(staged)
         save_code_files(staged)
-        (staged / "README.md").write_text(model_card(model, summary, self._config.to_toml()), encoding="utf-8")
+        card = trained_card(model, summary, self._config.to_toml(), model_id=self.repo)
+        (staged / "README.md").write_text(card, encoding="utf-8")
         return staged
 
     def _enqueue(self, folder: Path, message: str) -> None:

@@ -31,10 +31,11 @@ _enabled = os.environ.get("SPIDR_HF_KERNELS", "1") != "0"
 _available = importlib.util.find_spec("triton") is not None
 
 
-def use_kernels(enabled: bool) -> None:
-    """Switch for all kernels of this process: off, the plain forms run everywhere."""
+def use_kernels(enabled: bool) -> bool:
+    """Switch for all kernels of this process: off, the plain forms run everywhere. Returns how it was."""
     global _enabled
-    _enabled = enabled
+    before, _enabled = _enabled, enabled
+    return before
 
 
 def kernels_run(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -178,36 +178,19 @@ class Manifest:
 
     def save(self, path: str | Path, key: str = "") -> None:
         """Write the table as an Arrow file that `Manifest.load` maps into memory. `key` says what it was made from."""
-        metadata = {
-            "root": str(self.root),
-            "resample": self.resample,
-            "skipped": self.skipped,
-            "name": self.name,
-            "key": key,
-        }
-        path = Path(path)
-        schema = self.table.schema.with_metadata({"spidr_hf": json.dumps(metadata)})
-        with (
-            replaced_file(path) as partial,
-            pa.OSFile(str(partial), "wb") as file,
-            pa.ipc.new_file(file, schema) as writer,
-        ):
-            writer.write_table(self.table.replace_schema_metadata(schema.metadata))
+        metadata = {"root": str(self.root), "resample": self.resample, "skipped": self.skipped, "name": self.name}
+        save_scan(path, self.table, key, metadata)
 
     @classmethod
     def load(cls, path: str | Path, key: str = "") -> "Manifest | None":
         """What `save` wrote with the same `key`, memory-mapped; None where there is no such file."""
-        try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            metadata = json.loads((table.schema.metadata or {})[b"spidr_hf"])
-        except (OSError, pa.ArrowInvalid, KeyError, ValueError):
+        if (found := load_scan(path, key, ("root", "resample", "name"))) is None:
             return None
-        if metadata["key"] != key:
-            return None
-        skipped = [Skipped(*entry) for entry in metadata["skipped"]]
+        table, metadata = found
         # `save` had a table that was checked: ten million rows are not looked at again.
         manifest = cls.__new__(cls)
-        manifest._hold(table, metadata["root"], metadata["resample"], skipped, metadata["name"], (str(path), key))
+        file = (str(path), key)
+        manifest._hold(table, metadata["root"], metadata["resample"], metadata["skipped"], metadata["name"], file)
         return manifest
 
     def _value(self, column: str, index: int) -> Any:
@@ -235,6 +218,40 @@ class Manifest:
         file.write(f"{self.root}\n")
         for row in _rows(table):
             file.write(f"{row['path']}\t{row['num_samples']}\n")
+
+
+def save_scan(path: str | Path, table: pa.Table, key: str, metadata: Mapping[str, Any]) -> None:
+    """Keep what was found out about audio as an Arrow file; an interrupted write leaves nothing behind.
+
+    Args:
+        path: of the file.
+        table: the utterances.
+        key: what it was made from; `load_scan` asks for the same.
+        metadata: anything else, as JSON; `skipped` is a list of `Skipped`.
+    """
+    schema = table.schema.with_metadata({"spidr_hf": json.dumps({**metadata, "key": key})})
+    with (
+        replaced_file(path) as partial,
+        pa.OSFile(str(partial), "wb") as file,
+        pa.ipc.new_file(file, schema) as writer,
+    ):
+        writer.write_table(table.replace_schema_metadata(schema.metadata))
+
+
+def load_scan(path: str | Path, key: str, fields: Sequence[str] = ()) -> tuple[pa.Table, dict[str, Any]] | None:
+    """The table that `save_scan` wrote with the same `key`, memory-mapped, and its metadata with at least `fields`.
+
+    None where there is no such file, or a damaged one.
+    """
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        metadata = json.loads((table.schema.metadata or {})[b"spidr_hf"])
+        if metadata["key"] != key:
+            return None
+        metadata["skipped"] = [Skipped(*entry) for entry in metadata["skipped"]]
+        return table, {field: metadata[field] for field in ("skipped", *fields)}
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return None
 
 
 def open_manifest(
@@ -521,8 +538,10 @@ __all__ = [
     "Manifest",
     "ManifestError",
     "Skipped",
+    "load_scan",
     "open_manifest",
     "read_manifest",
+    "save_scan",
     "scan_folder",
     "scan_tar",
 ]

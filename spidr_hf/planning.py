@@ -24,8 +24,8 @@ from accelerate import Accelerator
 from .audio import SAMPLING_RATE, AudioError
 from .batching import BatchKey, BucketSampler, Position
 from .configuration_spidr import SpidrConfig
-from .data import Batch, PretrainingBatches, make_sampler
-from .feeds import open_source
+from .data import Batch, PretrainingBatches, SkippedFiles, make_sampler
+from .feeds import open_source, unusable
 from .kernels_spidr import kernels_run, use_kernels
 from .layers_spidr import frame_lengths
 from .manifests import AudioSource
@@ -178,13 +178,16 @@ def _data_lines(plan: Plan, source: AudioSource, config: PretrainingConfig, worl
     data, optimizer = config.data, config.optimizer
     accumulation = optimizer.gradient_accumulation_steps
     _decode(plan, source, data.max_skipped_share, "data")
-    if source.skipped:
-        plan.notes.append(f"{len(source.skipped)} files cannot be used; the first: {source.skipped[0].reason}")
+    skipped, tried = unusable(source, data, config.model)
+    if skipped:
+        plan.notes.append(f"{len(skipped)} files cannot be used; the first: {skipped[0].reason}")
     sampler = None
     with plan.trying():
         sampler = make_sampler(source, data, config.model, world_size=world_size, accumulation=accumulation)
     if sampler is None:
         return None
+    with plan.trying():
+        SkippedFiles(None, data.max_skipped_share).add(skipped, tried)
     plan.say("data", f"{sampler}")
     lengths = np.minimum(np.asarray(source.num_samples), data.max_sample_size)
     keys = sampler.epoch_batches(0)

@@ -5,17 +5,21 @@ import gc
 import importlib.util
 import math
 import os
+import sys
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,10 +28,10 @@ from .configuration_spidr import SpidrConfig
 from .feature_extraction_spidr import SpidrFeatureExtractor
 from .files import replaced_folder, write_text
 from .layers_spidr import receptive_field
-from .model_card import model_card
+from .model_card import trained_card
 from .modeling_spidr import SpidrForPretraining
 from .run_config import FREEZABLE, ConfigError, OptimizerSection, PretrainingConfig
-from .run_state import whole_copies
+from .run_state import RunFolderError, whole_copies
 from .sharding import global_norm, is_sharded, local_shard
 from .transfers import HostCopy
 
@@ -36,6 +40,8 @@ _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 _FRAMES_PER_CODEWORD = 10
 _SMALL_BATCH_DECAY = 0.75
 _COLLAPSE_SHARE = 0.25
+# How long processes wait for one that scans audio, or writes to a slow disk. (NCCL by itself: ten minutes.)
+_PATIENCE = timedelta(hours=1)
 
 
 def make_accelerator(config: PretrainingConfig, output_dir: str | Path) -> tuple[Accelerator, list[str]]:
@@ -54,6 +60,7 @@ def make_accelerator(config: PretrainingConfig, output_dir: str | Path) -> tuple
             log_with=None if tracker == "none" else tracker,
             project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
     except ValueError as error:
         raise ConfigError(f"`optimizer.dtype` is {dtype}, `run.tracker` {tracker}: {error}") from error
@@ -76,6 +83,16 @@ def start_trackers(accelerator: Accelerator, config: PretrainingConfig, output_d
         return
     init = {"wandb": wandb, "trackio": {"name": name, "resume": "allow"}}
     accelerator.init_trackers(run.wandb_project or "spidr", config=config.to_dict(), init_kwargs=init)
+
+
+def end_trackers() -> None:
+    """Let a tracker end that has threads and processes of its own (wandb), once its run is finished.
+
+    Left to the end of the interpreter, its threads could be caught in the middle of something.
+    """
+    if (wandb := sys.modules.get("wandb")) is not None:
+        with suppress(SystemExit):  # it would end this process where its own did not end well
+            wandb.teardown()
 
 
 def _tracker_id(folder: Path) -> str:
@@ -167,15 +184,26 @@ def distribute(model: SpidrForPretraining, accelerator: Accelerator) -> nn.Modul
     return wrapped
 
 
-def compile_layers(model: SpidrForPretraining, **options: Any) -> None:
+def compile_layers(model: SpidrForPretraining, convolutions: bool = False, **options: Any) -> None:
     """Compile each transformer layer of student and teacher: one small graph, used many times.
 
-    Batches and lengths are symbols from the start, so that no length costs a compilation. What lies around the layers
-    gains little: it is matrix products and own kernels already. `options` go to `torch.compile`.
+    Batches and lengths are symbols from the start, so that no length costs a compilation. `options` go to
+    `torch.compile`.
+
+    Args:
+        convolutions: compile feature extractor and positional convolutions, too. Without it they run as what they are
+            made of: the extractor as matrix products over the batch laid end to end, each followed by the own kernel
+            for norm and GELU; the positional convolutions as the own grouped kernel and the same norm and GELU (both
+            in plain form where own kernels are off or cannot run). Compiled, the extractor's convolutions are cuDNN's
+            and the compiler fuses norm and GELU, or leaves them to the own kernel where that is on.
+            `examples/benchmark_cuda.py` times every combination and names the fastest.
     """
     for encoder in (model.spidr.encoder, model.teacher):
         for layer in encoder.layers:
             layer.compile(dynamic=True, **options)
+    if convolutions:
+        for module in (model.spidr.feature_extractor, model.spidr.encoder.pos_conv_embed, model.teacher.pos_conv_embed):
+            module.compile(dynamic=True, **options)
 
 
 def keep_compiled(folder: Path) -> None:
@@ -359,11 +387,19 @@ def whole_model(model: SpidrForPretraining, keep: bool = True) -> SpidrForPretra
 
 
 def save_final(model: SpidrForPretraining, folder: str | Path, config: PretrainingConfig, summary: str) -> None:
-    """A Hub-ready model folder: weights, config, feature extractor, code files and a card."""
+    """A Hub-ready model folder: weights, config, feature extractor, code files and a card.
+
+    Raises `RunFolderError` where it cannot be written.
+    """
     with replaced_folder(Path(folder)) as partial:
-        model.save_pretrained(partial)
+        try:
+            model.save_pretrained(partial)
+        except SafetensorError as error:
+            raise RunFolderError(
+                f"Cannot write the model into {folder}: {error}. Once the cause is removed, the same command does so."
+            ) from error
         SpidrFeatureExtractor(do_normalize=config.data.normalize).save_pretrained(partial)
-        card = model_card(model.config, summary, config.to_toml())
+        card = trained_card(model.config, summary, config.to_toml(), model_id=config.run.push_to_hub)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -376,6 +412,7 @@ __all__ = [
     "compile_layers",
     "distribute",
     "drop_frozen",
+    "end_trackers",
     "exclude_parameters",
     "gather_all",
     "initial_model",

@@ -81,6 +81,11 @@ class RunSection:
         "compile the transformer layers (CUDA only; ignored on CPU, where it does not pay); what is compiled stays in "
         "the run's folder, or in TORCHINDUCTOR_CACHE_DIR, for the next start",
     )
+    compile_convolutions: bool = option(
+        False,
+        "ours: with `compile`, compile feature extractor and positional convolutions, too; examples/benchmark_cuda.py "
+        "tells whether that is faster",
+    )
     kernels: bool = option(
         True, "ours: own Triton kernels for norms, positional convolutions and codebooks (CUDA with Triton only)"
     )

@@ -39,7 +39,7 @@ class CurvesPicture:
             left.unlink(missing_ok=True)
 
     def update(self) -> None:
-        """Begin a new picture if it is time and none is being drawn. Never waits."""
+        """Begin a new picture if it is time and none is being drawn; it is not waited for."""
         if self._enabled and time.monotonic() - self._last >= self._seconds and not self._drawing():
             self._start()
 

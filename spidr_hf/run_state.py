@@ -5,6 +5,7 @@ A checkpoint is a folder `checkpoints/step_N` with the model (loadable by `from_
 so that a folder of that name is always complete; one damaged later is recognised by its checksums and passed over.
 """
 
+import _thread
 import atexit
 import ctypes
 import dataclasses
@@ -19,7 +20,7 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .files import replaced_folder
+from .files import is_writing, replaced_folder
 from .sharding import is_sharded, shard_like, whole_tensor
 from .transfers import HostCopy
 
@@ -40,8 +41,11 @@ logger = logging.getLogger(__name__)
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
-# How long a signalled process may take to save before it is ended.
+# How long a signalled process may take to stop before it is ended, and how much longer where files are being written
+# all that time: what they come to, a disk does not say before they are there.
 _GRACE_SECONDS = 120
+_WRITING_SECONDS = 1800
+_LOOK_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -101,7 +105,6 @@ class Checkpoints:
     Args:
         folder: made when the first one is written.
         keep_latest: how many to keep; -1: all.
-
         writes: only one process may; the others of a sharded model take part in `save` with what they hold.
 
     Writing happens in a thread while training goes on; its errors come out of `wait`.
@@ -163,8 +166,11 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         try:
             pending.result()
-        except (OSError, RuntimeError) as error:
-            raise RunFolderError(f"Cannot write a checkpoint into {self.folder}: {error}") from error
+        except Exception as error:  # safetensors' errors, for one, are neither OSError nor RuntimeError
+            raise RunFolderError(
+                f"Cannot write a checkpoint into {self.folder}: {str(error) or repr(error)}. Once the cause is "
+                "removed, the same command goes on from the newest complete one."
+            ) from error
 
     def remove_partial(self) -> None:
         """Remove what a killed process left half-written."""
@@ -264,12 +270,19 @@ class RunLock:
 class StopSignal:
     """SIGTERM and SIGUSR1 (what SLURM sends before a time limit) ask the run to save and stop.
 
-    `agreed` tells every process at the same update, so that they stop together.
+    `agreed` tells every process at the same update, so that they stop together. A process that does not get there is
+    ended after two minutes, but not while a folder is written, by itself or by the process that all wait for: a slow
+    disk has half an hour.
+
+    Args:
+        device: where processes exchange messages.
+        folders: where `replaced_folder` writes; shared by all processes.
     """
 
-    def __init__(self, device: torch.device | str = "cpu"):
+    def __init__(self, device: torch.device | str = "cpu", folders: Sequence[str | Path] = ()):
         self.received: str | None = None
         self._device = device
+        self._folders = [Path(folder) for folder in folders]
         self._pending: tuple[Any, HostCopy | Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
@@ -302,8 +315,21 @@ class StopSignal:
     def _handle(self, number: int, _: Any) -> None:
         if self.received is None:
             self.received = signal.Signals(number).name
-            # If the others are gone, nothing in this process may ever return: SIGALRM then ends it.
+            # If the others are gone, nothing in this process may ever return, Python's signal handlers included:
+            # SIGALRM, which has none, then ends it.
             signal.alarm(_GRACE_SECONDS)
+            if self._folders:
+                # Not a `threading.Thread`, which takes locks: this handler may have interrupted one who holds them.
+                _thread.start_new_thread(self._put_off, ())
+
+    def _put_off(self) -> None:
+        """Put the end off for as long as something is written."""
+        limit = time.monotonic() + _WRITING_SECONDS
+        while time.monotonic() < limit:
+            time.sleep(_LOOK_SECONDS)
+            if any(is_writing(folder) for folder in self._folders) and signal.alarm(_GRACE_SECONDS) == 0:
+                signal.alarm(0)  # there was none any more: it was called off
+                return
 
 
 def die_with_parent(number: int) -> None:

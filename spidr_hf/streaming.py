@@ -26,7 +26,7 @@ import torch.utils.data
 
 from .audio import AudioError, read_audio, read_info
 from .batching import BatchKey, Position, length_buckets, shuffled_batches
-from .data import Batch, BatchBuilder, empty_batch
+from .data import Batch, BatchBuilder, empty_batch, too_short
 from .dataset_source import audio_column, load_dataset, row_name, stored_audio
 from .manifests import ManifestError, Skipped
 
@@ -264,6 +264,7 @@ class Stream:
             block.skipped.append(Skipped(name, str(error)))
             return 0
         if length < self.builder.min_samples:
+            block.skipped.append(too_short(name, length, self.builder.min_samples))
             return 0
         block.audio.append(audio)
         block.names.append(name)

@@ -7,6 +7,7 @@ Python reads them first. What is computed is the same.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +16,21 @@ from .codebooks_spidr import SpidrTrainingStatistics
 from .data import Batch
 from .modeling_spidr import SpidrForPretraining
 from .pretraining import LossScale, PendingResult, StepResult
-from .run_metrics import Reporter
 from .run_state import RunFolderError, TrainerState
 from .sharding import is_sharded
+
+
+class Listener(Protocol):
+    """Who is told of updates, in a run its `Reporter`."""
+
+    def batch(self, batch: Batch) -> None:
+        """A batch of an update that is reported next."""
+
+    def update(self, step: int, epoch: int, result: StepResult | None, lr: float, decay: float) -> None:
+        """An update; `result` None: it was skipped."""
+
+    def say(self, message: str | None) -> None:
+        """A line for the user."""
 
 
 @dataclass
@@ -49,7 +62,7 @@ class Updates:
         optimizer: torch.optim.Optimizer,
         state: TrainerState,
         loss_scale: LossScale,
-        reporter: Reporter,
+        reporter: Listener,
         max_nonfinite: int,
         late: bool | None = None,
     ):
@@ -117,4 +130,4 @@ class Updates:
             )
 
 
-__all__ = ["Updates"]
+__all__ = ["Listener", "Updates"]

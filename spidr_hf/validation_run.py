@@ -24,7 +24,7 @@ from safetensors.torch import load
 
 from .files import write_text
 from .modeling_spidr import SpidrForPretraining
-from .pretraining import autocast, gather_all
+from .pretraining import autocast, end_trackers, gather_all
 from .run_config import INHERITED, ConfigError, DataSection, PretrainingConfig, load_config
 from .run_metrics import curves
 from .run_state import MODEL_FILE, STATE_FILE, Checkpoints
@@ -324,6 +324,7 @@ class RunFollower:
         if self._tracker is not None:
             self._tracker.finish()
             self._tracker = None
+            end_trackers()
 
 
 def describe(row: Mapping[str, Any], first_layer: int) -> str:
@@ -389,7 +390,7 @@ def _start_tracker(config: PretrainingConfig, run_dir: Path) -> GeneralTracker |
     else:
         run = {"name": f"{config.run.wandb_name or run_dir.name}-validation", "mode": config.run.wandb_mode}
         options = {field: value for field, value in run.items() if value is not None} if name == "wandb" else {}
-        tracker = tracker_class(config.run.wandb_project or "spidr_hf", **options)
+        tracker = tracker_class(config.run.wandb_project or "spidr", **options)
     tracker.start()
     return tracker
 

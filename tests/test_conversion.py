@@ -301,7 +301,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch) -> 
     def fail(*_args, **_options):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(convert_checkpoint, "write_card", fail)
+    monkeypatch.setattr(convert_checkpoint, "converted_card", fail)
     code = convert_checkpoint.main([str(PARITY / "spidr-tiny" / "checkpoint.pt"), str(tmp_path / "a" / "b")])
     assert code == 1
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 """The forms for CPUs against the obvious ones, and when they must not run."""
 
-
 import pytest
 import reference
 import torch

@@ -2,6 +2,8 @@
 
 import io
 import json
+import pickle
+import shutil
 
 import datasets
 import numpy as np
@@ -12,7 +14,8 @@ from commands import fails, run_command
 from tiny import tiny_model
 
 from spidr_hf import SpidrFeatureExtractor, SpidrForAudioTokenization
-from spidr_hf.dataset_source import DatasetSource, is_dataset, open_dataset
+from spidr_hf.audio import read_info
+from spidr_hf.dataset_source import DatasetSource, is_dataset, open_data, open_dataset
 from spidr_hf.manifests import ManifestError
 from spidr_hf.units import predict_units
 
@@ -79,6 +82,76 @@ def test_what_is_no_audio(data, tmp_path):
         open_dataset("a:b:c:d")
     with pytest.raises(ManifestError, match="cannot be loaded as a data set"):
         open_dataset("nobody/nothing:clean:test")
+
+
+@pytest.fixture
+def headers(monkeypatch) -> list[str]:
+    """The names of what was read the header of."""
+    names = []
+
+    def counted(source, *, name, **options):
+        names.append(name)
+        return read_info(source, name=name, **options)
+
+    monkeypatch.setattr("spidr_hf.dataset_source.read_info", counted)
+    return names
+
+
+def test_headers_are_read_once(data, tmp_path, headers):
+    """The cache answers until the data set changes; from it, everything is as from the headers."""
+    data.save_to_disk(tmp_path / "saved")
+    cache = tmp_path / "run" / "data.arrow"
+
+    def opened(**options) -> DatasetSource:
+        headers.clear()
+        source = open_data(tmp_path / "saved", cache=cache, progress=False, **options)
+        assert [path.name for path in cache.parent.iterdir()] == ["data.arrow"]
+        return source
+
+    plain = open_data(tmp_path / "saved", progress=False)
+    first = opened()
+    assert len(headers) == 4
+    for source in (first, opened(), pickle.loads(pickle.dumps(opened()))):
+        assert source.num_samples.tolist() == plain.num_samples.tolist() and source.skipped == plain.skipped
+        assert source.fingerprint == plain.fingerprint and source.values("id") == plain.values("id")
+        for index in range(len(plain)):
+            assert source.fileid(index) == plain.fileid(index)
+            np.testing.assert_array_equal(source.read(index), plain.read(index))
+    assert headers == []
+
+    pytest.importorskip("scipy")
+    opened(resample=True)
+    assert len(headers) == 4
+    shutil.rmtree(tmp_path / "saved")
+    data.select([3, 0]).save_to_disk(tmp_path / "saved")
+    changed = opened()
+    assert [changed.fileid(i) for i in range(len(changed))] == ["b-1", "a-1"] and len(headers) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: b"", lambda content: b"garbage", lambda content: content[: len(content) // 2]],
+    ids=["empty", "garbage", "cut off"],
+)
+def test_a_damaged_cache_is_made_anew(data, tmp_path, headers, damage):
+    cache = tmp_path / "data.arrow"
+    DatasetSource(data, cache=cache, progress=False)
+    whole = cache.read_bytes()
+    cache.unlink()  # mapped into memory, it must not be written to
+    cache.write_bytes(damage(whole))
+    headers.clear()
+    assert len(DatasetSource(data, cache=cache, progress=False)) == 3 and len(headers) == 4
+    assert cache.read_bytes() == whole
+
+
+def test_a_scan_that_is_interrupted_leaves_no_cache(data, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyarrow.ipc.new_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        DatasetSource(data, cache=tmp_path / "data.arrow", progress=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_which_data_is_a_data_set(data, tmp_path):

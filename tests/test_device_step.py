@@ -1,19 +1,30 @@
 """The pretraining step as a GPU needs it: nothing waits for the device, nothing breaks a compiled graph."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import patch
+
 import pytest
 import torch
+from interpreted import need_interpreter, run_kernels_anywhere
+from runs import load_script, pretrain_here, rows, write_audio, write_config
 from tiny import random_mask, tiny_config, tiny_model
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spidr_hf import SpidrForPretraining, kernels_spidr
+from spidr_hf import SpidrForPretraining
 from spidr_hf.batching import BatchKey, Position
 from spidr_hf.data import Batch
-from spidr_hf.pretraining import compile_layers, make_optimizer, scale_and_clip
+from spidr_hf.pretraining import LossScale, compile_layers, make_optimizer, scale_and_clip
 from spidr_hf.run_config import make_config
-from spidr_hf.transfers import BatchMover
+from spidr_hf.run_state import TrainerState
+from spidr_hf.transfers import BatchMover, HostCopy
+from spidr_hf.updates import Updates
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 # Twelve batches of different lengths and, as in training, the fewer rows the longer they are.
@@ -27,17 +38,37 @@ def frame_indices(model: SpidrForPretraining, batch: int, samples: int) -> torch
     return mask.nonzero()[:, 1].view(batch, -1)
 
 
-def step(model: SpidrForPretraining, optimizer: torch.optim.Optimizer, audio, masked, number: int) -> None:
-    """All of a step but reading its numbers."""
-    with torch.autocast(audio.device.type, torch.bfloat16):
-        output = model(audio, mask_time_indices=masked)
-    (output.loss * output.num_masked_frames).backward()
-    statistics = model.reduce_statistics()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    scale_and_clip(parameters, 1 / statistics.num_masked_frames, 10.0)
-    optimizer.step()
-    model.update_teacher(number)
-    optimizer.zero_grad()
+class Loop:
+    """The body of `examples/pretrain.py`'s loop, from a batch on the host to the numbers of the update before."""
+
+    def __init__(self, model: SpidrForPretraining, late: bool | None = None):
+        section = make_config({"run": {"model_type": "spidr"}, "data": {"manifest": "x"}}).optimizer
+        self.model, self.move, self.step = model, BatchMover(model.device), 0
+        self.optimizer = make_optimizer(model, section)
+        self.reported: list[tuple[int, float]] = []
+        reporter = SimpleNamespace(
+            batch=lambda batch: None,
+            say=lambda line: None,
+            update=lambda step, epoch, result, lr, decay: self.reported.append((step, result and result.loss)),
+        )
+        state, scale = TrainerState(data="x"), LossScale(False)
+        self.updates = Updates(model, self.optimizer, state, scale, reporter, 10, late=late)
+
+    def update(self, *batches: Batch) -> None:
+        self.step += 1
+        for batch in batches:
+            with torch.autocast(self.model.device.type, torch.bfloat16):
+                output = self.model(**self.move(batch).inputs)
+            (output.loss * output.num_masked_frames).backward()
+        statistics = self.model.reduce_statistics()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        norm = scale_and_clip(parameters, 1 / statistics.num_masked_frames, 10.0)
+        self.updates.make(self.step, batches, 1e-3, statistics, norm)
+
+
+def host_batch(masked: torch.Tensor, samples: int) -> Batch:
+    rows = len(masked)
+    return Batch(torch.randn(rows, samples), masked, None, BatchKey(0, 0, range(rows), Position()), rows * samples)
 
 
 class NothingFromTheHost(TorchDispatchMode):
@@ -50,40 +81,172 @@ class NothingFromTheHost(TorchDispatchMode):
 
 @pytest.mark.parametrize("objective", ["spidr", "dinosr"])
 @pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
-def test_no_operation_of_a_step_needs_a_value(monkeypatch, objective, kernels):
-    """With tensors that have shapes but no values, whatever asks for one fails: `.item()`, `if tensor`, `nonzero`."""
+def test_no_operation_of_an_update_needs_a_value(monkeypatch, objective, kernels):
+    """With tensors that have shapes but no values, whatever asks for one fails: `.item()`, `if tensor`, `nonzero`.
+
+    From the batch to `Updates.make`, over the freeze; only what is read a step late has values.
+    """
     if kernels:
-        monkeypatch.setattr(kernels_spidr, "kernels_run", lambda x: True)
-    section = make_config({"run": {"model_type": objective}, "data": {"manifest": "x"}}).optimizer
+        run_kernels_anywhere(monkeypatch)
+    monkeypatch.setattr(HostCopy, "tolist", lambda self: [2.0] * len(self._values))
     with FakeTensorMode():
-        model = tiny_model(objective=objective, layerdrop=0.1, **DROPOUT).train()
-        optimizer = make_optimizer(model, section)
-        audio, masked = torch.randn(2, 6000), torch.zeros(2, 9, dtype=torch.int64)
-        # The first step makes what stays: moments, statistics.
-        step(model, optimizer, audio, masked, 1)
+        loop = Loop(tiny_model(objective=objective, layerdrop=0.1, freeze_step=2, **DROPOUT).train(), late=True)
+        batches = [host_batch(torch.zeros(2, 9, dtype=torch.int64), 6000) for _ in range(2)]
+        loop.update(*batches)  # the first makes what stays: moments, statistics
         with NothingFromTheHost():
-            step(model, optimizer, audio, masked, 2)
+            for number in (2, 3):
+                loop.update(*batches)
+                assert loop.reported[-1] == (number - 1, 2.0)
         with pytest.raises(Exception, match=r"aten\.nonzero"):  # the check checks something
-            model(audio, mask_time_indices=torch.ones(2, 18, dtype=torch.bool))
+            loop.model(batches[0].input_values, mask_time_indices=torch.ones(2, 18, dtype=torch.bool))
+    assert not loop.model.spidr.feature_projection.projection.weight.requires_grad
 
 
 @needs_cuda
-def test_no_step_waits_for_the_device():
-    model = SpidrForPretraining(tiny_config(**DROPOUT)).cuda().train()
-    section = make_config({"run": {"model_type": "spidr"}, "data": {"manifest": "x"}}).optimizer
-    optimizer, move = make_optimizer(model, section), BatchMover(torch.device("cuda"))
-    batches = []
-    for samples in (6000, 8000, 9000):
-        masked = frame_indices(model, 2, samples)
-        key = BatchKey(0, 0, torch.arange(2).numpy(), Position())
-        batches.append(Batch(torch.randn(2, samples), masked, None, key, 2 * samples).pin_memory())
+def test_no_update_waits_for_the_device():
+    """From page-locked batches to `Updates.make` and the numbers of the update before, over the freeze."""
+    loop = Loop(SpidrForPretraining(tiny_config(freeze_step=4, **DROPOUT)).cuda().train())
+    assert loop.updates.late
+    batches = [
+        host_batch(frame_indices(loop.model, 2, samples), samples).pin_memory()
+        for samples in (6000, 8000, 9000, 7000, 6000, 5000)
+    ]
     for number, batch in enumerate(batches, start=1):
-        moved = move(batch)
         torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
         try:
-            step(model, optimizer, moved.input_values, moved.mask_time_indices, number)
+            loop.update(batch, batch)
+            if number == 2:
+                with pytest.raises(RuntimeError, match="synchroniz"):  # the check checks something
+                    loop.model.heads.bias.sum().item()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    loop.updates.settle()
+    assert [step for step, _ in loop.reported] == [1, 2, 3, 4, 5, 6] and all(loss > 0 for _, loss in loop.reported)
+
+
+class NoValues(TorchDispatchMode):
+    """Fails on operations that give Python a value, or a shape that depends on one."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple))
+        by_mask = by_mask and any(index is not None and index.dtype == torch.bool for index in args[1])
+        assert name not in self.ASKING and not by_mask, f"{func} asks for a value"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def nothing_waits(device: str) -> Iterator[None]:
+    """On a GPU any synchronisation is an error; on a CPU any value that Python asks for, but what is read late."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
+    read = torch.Tensor.tolist
+
+    def refuse(self):
+        raise AssertionError("`tolist` asks for values")
+
+    with (
+        NoValues(),
+        patch.object(HostCopy, "tolist", lambda self: read(self._values)),
+        patch.object(torch.Tensor, "tolist", refuse),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("ask", ["x.item()", "bool(x)", "float(x)", "x.tolist()", "x.nonzero()", "x[x > 0]"])
+def test_a_value_that_is_asked_for_is_noticed(ask):
+    with nothing_waits("cpu"):
+        x = torch.ones(1)
+        assert HostCopy(x).tolist() == [1.0]
+        with pytest.raises(AssertionError, match=r"asks? for (a )?values?"):
+            eval(ask)
+    assert eval(ask) is not None
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_nothing_in_the_loop_of_a_run_waits(monkeypatch, tmp_path, device):
+    """`examples/pretrain.py` itself, from its third step to the last before it saves: loader, copies, updates, reports.
+
+    On a CPU with updates as on a GPU: decided on the device, reported a step later.
+    """
+    script, guard, begun, until = load_script(), ExitStack(), [], []
+    learning_rate, settle = script.learning_rate, Updates.settle
+
+    def begin_step(section, step):
+        if step == 3:
+            guard.enter_context(nothing_waits(device))
+        begun.append(step)
+        return learning_rate(section, step)
+
+    def settle_before_saving(self):
+        guard.close()
+        until.extend(begun)
+        settle(self)
+
+    monkeypatch.setattr(script, "learning_rate", begin_step)
+    monkeypatch.setattr(Updates, "settle", settle_before_saving)
+    monkeypatch.setattr(script, "Updates", partial(Updates, late=True))
+    config = write_config(tmp_path / "tiny.toml", write_audio(tmp_path / "audio"))
+    options = ["--run.save_interval", "8", "--optimizer.max_steps", "8", "--model.freeze_step", "5"]
+    options += ["--optimizer.dtype", "bfloat16", "--optimizer.gradient_accumulation_steps", "2"]
+    if device == "cuda":
+        options += ["--data.num_workers", "1"]  # and a thread that page-locks what they make
+    with guard:
+        folder = pretrain_here(config, tmp_path / "run", *options)
+    assert until == begun == list(range(1, 9)) and [row["step"] for row in rows(folder)] == begun
+
+
+@needs_cuda
+def test_the_next_batch_is_copied_beside_the_kernels_of_this_step():
+    move = BatchMover(torch.device("cuda"))
+    batch = host_batch(torch.zeros(2, 9, dtype=torch.int64), 100_000).pin_memory()
+    move(batch)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)  # half a second of clock cycles
+    busy, copied = torch.cuda.Event(), torch.cuda.Event()
+    busy.record()
+    moved = move(batch)
+    copied.record(move._stream)
+    copied.synchronize()
+    assert not busy.query()
+    torch.testing.assert_close(moved.input_values.cpu(), batch.input_values)
+
+
+def test_attention_has_no_mask_where_nothing_is_padded(monkeypatch):
+    """A mask would keep flash attention from running."""
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query, key, value, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attend(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    model = tiny_model().train()
+    model(torch.randn(2, 6000), mask_time_indices=frame_indices(model, 2, 6000))
+    assert len(masks) == 2 * model.config.num_hidden_layers and all(mask is None for mask in masks)
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_attention_is_flash_attention(compiled):
+    """Student with dropout, forward and backward, and teacher: where it cannot run, this context raises."""
+    loop = Loop(SpidrForPretraining(tiny_config(hidden_size=64, **DROPOUT)).cuda().train())
+    if compiled:
+        torch._dynamo.reset()
+        compile_layers(loop.model)
+    batch = host_batch(frame_indices(loop.model, 2, 6000), 6000).pin_memory()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        loop.update(batch)
+    loop.updates.settle()
+    assert loop.reported[0][1] > 0
 
 
 def test_a_batch_is_moved_whole():
@@ -101,8 +264,8 @@ def test_a_batch_is_moved_whole():
 def test_the_forward_is_one_graph_for_all_lengths(monkeypatch, objective, kernels):
     """No graph breaks anywhere in it (`fullgraph`), and twelve lengths take no more than two graphs."""
     if kernels:
-        pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
-        monkeypatch.setattr(kernels_spidr, "kernels_run", lambda x: True)
+        need_interpreter()
+        run_kernels_anywhere(monkeypatch)
     torch._dynamo.reset()
     model = tiny_model(objective=objective, **DROPOUT).train()
     backend = CompileCounter()
@@ -133,6 +296,25 @@ def test_compiled_layers_are_few_graphs_for_all_lengths():
         plain.update_teacher(number)
     # Student and teacher, and in either the last layer, of which only the representation is computed.
     assert backend.frame_count == 4 and not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_compiled_convolutions_are_few_graphs_for_all_lengths():
+    """Over the freeze, too: of the extractor one graph with gradient and one without, of the student's positional
+    convolutions one, of the teacher's one."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_model(freeze_step=6).train()
+    layers, convolutions = CompileCounter(), CompileCounter()
+    compile_layers(model, convolutions=True, backend=convolutions)
+    for encoder in (model.spidr.encoder, model.teacher):
+        for layer in encoder.layers:
+            layer.compile(dynamic=True, backend=layers)
+    for number, (batch, samples) in enumerate(SHAPES, start=1):
+        masked = frame_indices(model, batch, samples)
+        model(torch.randn(batch, samples), mask_time_indices=masked).loss.backward()
+        model.update_teacher(number)
+    assert convolutions.frame_count <= 4 and layers.frame_count <= 4 and not counters["graph_break"]
 
 
 def test_what_is_frozen_is_computed_once_and_without_gradient(monkeypatch):

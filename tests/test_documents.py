@@ -44,6 +44,27 @@ def test_files_that_are_named_are_there(document):
     assert not [name for name in names if not list(ROOT.glob(name))]
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_options_that_are_named_exist(document):
+    """`--name` is an option of some command here or of accelerate's launcher, `--section.field` a field of configs."""
+    code = "\n".join(
+        text(path) for folder in ("spidr_hf", "conversion", "examples") for path in ROOT.glob(f"{folder}/**/*.py")
+    )
+    fields_of_configs = text(ROOT / "spidr_hf" / "run_config.py") + text(ROOT / "spidr_hf" / "masking.py")
+    launcher = {
+        "--config_file",
+        "--machine_rank",
+        "--main_process_ip",
+        "--multi_gpu",
+        "--num_machines",
+        "--num_processes",
+    }
+    options = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text(document))) - launcher - {"--help", "--section.field"}
+    for option in options:
+        _, dot, field = option.partition(".")
+        assert re.search(rf"\b{field}\b", fields_of_configs) if dot else f'"{option}"' in code, option
+
+
 def test_contributing_names_what_the_code_has():
     """Names of functions, constants and tests in its walks are found in the files that it names beside them."""
     for section in text(ROOT / "CONTRIBUTING.md").split("\n## ")[2:]:

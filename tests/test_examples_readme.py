@@ -8,16 +8,24 @@ is told there, and so is a new script that would take long: `SHORTER` says how i
 import csv
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 from walk import ROOT, command_lines, copy_repository, own_environment, type_in
 
 from spidr_hf import SpidrFeatureExtractor
 from spidr_hf.evaluation import read_alignments
+from spidr_hf.spidr_fields import to_model_section
+
+
+def written(value: object) -> str:
+    """A value as `--section.field` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
 
 PAGE = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 SCRIPT = re.compile(r"\b(\w+)\.py\b")
@@ -54,6 +62,12 @@ SHORTER = {
     "demo_app": "--port 0",
     "benchmark_cuda": "--size tiny --batch 2 --seconds 0.5 --rounds 1 --device cpu",
 }
+# A config whose run would not end, and a model that fits it, are made small on the command line.
+SMALL_MODEL = tiny_config(num_hidden_layers=12, num_codebooks=8)
+SHORTER_CONFIGS = {
+    "adapt-to-language": "--run.compile false --optimizer.max_steps 3 --data.max_batch_length 320000 "
+    + " ".join(f"--model.{name} {shlex.quote(written(value))}" for name, value in to_model_section(SMALL_MODEL).items())
+}
 # What does not end by itself, or needs more than this machine, and what holds it instead.
 ELSEWHERE = {
     "make demo": "test_make_demo",
@@ -61,7 +75,9 @@ ELSEWHERE = {
     "sbatch": "tests/test_slurm.py",
     "examples/demo_app.py": "tests/test_demo_app.py",
     "examples/slurm/": "tests/test_slurm.py",
+    "examples/s3prl/": "tests/test_s3prl.py",
     "examples/benchmark_cuda.py": "needs a GPU",
+    "examples/reference_run.py": "needs the spidr package",
     "--num_machines": "tests/test_two_machines.py",
 }
 
@@ -110,7 +126,8 @@ def runnable(line: str) -> str | None:
 
     line = re.sub(r"(?<![\w./-])[A-Z][A-Z_]{3,}(?![\w.=])", stands_for, line)
     line = re.sub(r"--minutes [\d.]+", "--minutes 0.5", line)
-    return f"{line} {SHORTER[script]}" if script in SHORTER else line
+    config = match[1] if (match := re.search(r"/configs/([\w-]+)\.toml", line)) else None
+    return " ".join([line, *filter(None, (SHORTER.get(script), SHORTER_CONFIGS.get(config)))])
 
 
 def test_every_script_is_on_the_page():
@@ -138,8 +155,9 @@ def test_rows_and_blocks_are_found():
 
 def prepare(folder: Path) -> None:
     """The reader's own files: a model, speech of three voices with its alignments, units, pairs, a second run."""
-    model = tiny_model(num_hidden_layers=12, num_codebooks=8)
-    model.save_pretrained(folder / "model")
+    tiny_model(**{name: getattr(SMALL_MODEL, name) for name in ("num_hidden_layers", "num_codebooks")}).save_pretrained(
+        folder / "model"
+    )
     SpidrFeatureExtractor().save_pretrained(folder / "model")
     data = ROOT / "examples" / "data"
     (folder / "speech").mkdir()

@@ -16,7 +16,7 @@ from tiny import tiny_model
 
 import spidr_hf.extraction_files
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
-from spidr_hf.extraction_files import Layout, UnitStore
+from spidr_hf.extraction_stores import Layout, UnitStore
 from spidr_hf.kmeans import feature_files
 from spidr_hf.manifests import Manifest, read_manifest
 from spidr_hf.units import predict_units, read_units

@@ -125,13 +125,14 @@ PHONES = ("--units", "phones", "--steps", 10, "--lr", 2e-3, "--eval-interval", 5
 def test_phones(finetune, speech_of_tones, tmp_path):
     import jiwer
 
-    options = ("--freeze-encoder", "--head-lr", 0.1, "--steps", 90, "--eval-interval", 90)
-    done = finetune("ctc", "run", *PHONES, *options)
+    options = ("--train-extractor", "--lr", 3e-3, "--head-lr", 1e-2, "--warmup", 0.05, "--hold", 0.75)
+    done = finetune("ctc", "run", *PHONES, *options, "--steps", 200, "--eval-interval", 100)
     assert done.status == 0, done.err
     folder = tmp_path / "run"
     per = scores(folder)["validation"]["per"]
-    assert 0 < per < 1 and f"per {100 * per:.2f} %" in done.out
-    assert rows(folder)[-1]["loss"] < 0.8 * rows(folder)[0]["loss"]
+    # 1 without training, 0.31 to 0.33 with other seeds.
+    assert 0 < per < 0.6 and f"per {100 * per:.2f} %" in done.out
+    assert rows(folder)[-1]["loss"] < 0.5 * rows(folder)[0]["loss"]
     assert (folder / "curves.png").stat().st_size > 10_000
 
     # The pipeline, one file at a time, says what the evaluation in batches said.
@@ -236,7 +237,7 @@ def test_labels_of_utterances(finetune, speech_of_tones, tmp_path):
     done = finetune("classification", "run", *options, "--lr", 1e-3, "--eval-interval", 20)
     assert done.status == 0, done.err
     accuracy = scores(tmp_path / "run")["validation"]["accuracy"]
-    assert accuracy > 0.6 and f"accuracy {100 * accuracy:.2f} %" in done.out
+    assert accuracy > 0.9 and f"accuracy {100 * accuracy:.2f} %" in done.out  # 0.5 to 0.75 without training, else 1
     # The pipeline, one file at a time, says what the evaluation in batches said.
     classify = pipeline("audio-classification", model=str(tmp_path / "run" / "final"), device="cpu")
     answers = [classify(audio(speech_of_tones / "dev" / f"dev-{number:02d}.wav"))[0]["label"] for number in range(8)]
@@ -247,7 +248,8 @@ def test_probing_with_a_learned_sum_of_layers(finetune, pretrained, tmp_path):
     options = ("--task", "frame", "--freeze-encoder", "--weighted-layer-sum", "--steps", 90)
     done = finetune("classification", "run", *options, "--head-lr", 5e-2, "--eval-interval", 90)
     assert done.status == 0, done.err
-    assert scores(tmp_path / "run")["validation"]["accuracy"] > 0.4  # silence, the commonest, has 0.3
+    # 0.12 to 0.32 without training (silence, the commonest, has 0.3), 0.46 to 0.53 with other seeds.
+    assert scores(tmp_path / "run")["validation"]["accuracy"] > 0.4
     assert "Weights of the layers: input 0." in done.out
     assert (tmp_path / "run" / "layer_weights.png").stat().st_size > 5000
     model = SpidrForAudioFrameClassification.from_pretrained(tmp_path / "run" / "final")
@@ -278,10 +280,11 @@ def test_labels_of_frames_lie_on_their_frames(speech_of_tones):
 
 
 def test_speaker_embeddings(finetune, tmp_path):
-    options = ("--task", "speaker", "--freeze-encoder", "--steps", 60, "--eval-interval", 60, "--max-seconds", 0.3)
-    done = finetune("classification", "run", *options, "--head-lr", 1e-2)
+    options = ("--task", "speaker", "--train-extractor", "--steps", 60, "--eval-interval", 20, "--max-seconds", 0.3)
+    done = finetune("classification", "run", *options, "--lr", 3e-3, "--head-lr", 1e-2)
     assert done.status == 0, done.err
-    assert scores(tmp_path / "run")["validation"]["eer"] < 0.3 and "eer " in done.out
+    # 0.19 to 0.5 without training, 0 with other seeds.
+    assert scores(tmp_path / "run")["validation"]["eer"] < 0.1 and "eer " in done.out
     assert SpidrForXVector.from_pretrained(tmp_path / "run" / "final").config.label2id == {"quiet": 0, "shrill": 1}
 
 

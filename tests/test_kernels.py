@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import need_interpreter, run_kernels_anywhere
 from tiny import random_mask, tiny_config
 
 from spidr_hf import SpidrForPretraining, kernels_spidr
@@ -26,10 +27,8 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels run, on whatever device there is."""
-    triton = pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
-    if DEVICE == "cpu" and not triton.knobs.runtime.interpret:
-        pytest.skip("without a GPU the kernels need TRITON_INTERPRET=1 before Triton is imported")
-    monkeypatch.setattr(kernels_spidr, "kernels_run", lambda x: x.dtype in kernels_spidr._DTYPES)
+    need_interpreter()
+    run_kernels_anywhere(monkeypatch)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -155,7 +154,7 @@ def test_the_compiler_is_told_the_truth(kernels, operation):
 def run_model(**changes):
     torch.manual_seed(0)
     model = SpidrForPretraining(tiny_config(conv_bias=True, **changes)).to(DEVICE).train()
-    output = model(tensor(2, 6000), mask_time_indices=random_mask(2, 18).to(DEVICE))
+    output = model(tensor(2, 4000), mask_time_indices=random_mask(2, 12).to(DEVICE))
     output.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     statistics = {name: getattr(model._statistics, name).clone() for name in ("counts", "sums", "loss_sums")}

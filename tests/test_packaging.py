@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import yaml
+from huggingface_hub import ModelCard
 from packaging.version import Version
 from tiny import tiny_model
 
@@ -46,6 +47,8 @@ inputs = AutoFeatureExtractor.from_pretrained("model")(waveform, sampling_rate=r
 frames = AutoModel.from_pretrained("model").get_intermediate_outputs(**inputs)[3].shape[1]
 assert frames == sum(result["durations"]) > 50
 converted = AutoModel.from_pretrained("converted")
+from spidr_hf.model_card import CARDS, trained_card
+assert CARDS.is_relative_to(home) and "## Origin" in trained_card(converted.config, "Trained.", "")
 print("works", spidr_hf.__version__)
 """
 
@@ -121,7 +124,7 @@ def test_the_wheel_works_without_the_repository(tmp_path):
     SpidrFeatureExtractor().save_pretrained(work / "model")
     soundfile.write(work / "speech.wav", read_manifest(ROOT / "examples" / "data" / "manifest.csv").read(0), 16_000)
     run(python, "-m", "spidr_hf.conversion.convert_checkpoint", FIXTURE, "converted", cwd=work)
-    assert (work / "converted" / "README.md").read_text().startswith("---\nlibrary_name: transformers")
+    assert ModelCard.load(work / "converted" / "README.md").data.library_name == "transformers"
     assert f"works {spidr_hf.__version__}" in run(python, "-c", SCRIPT, cwd=work)
 
 

@@ -355,7 +355,9 @@ def test_a_skipped_update_at_the_freeze_still_freezes(pretrain, monkeypatch):
     ("overrides", "error", "message"),
     [
         (["--data.manifest", "/nowhere.csv"], ValueError, "/nowhere.csv: no such file or folder"),
-        (["--data.min_sample_size", "8000", "--data.max_sample_size", "8000"], None, None),
+        (["--data.min_sample_size", "8000", "--data.max_sample_size", "8000", "--data.max_skipped_share", "0.7"],
+         None, None),
+        (["--data.min_sample_size", "8000"], ValueError, "12 of 20 utterances cannot be used, more than"),
         (["--data.min_sample_size", "90000", "--data.max_sample_size", "90000", "--data.max_batch_length", "90000"],
          ValueError, "No utterance has the 90000 samples"),
         (["--run.init_ckpt", "/nowhere.pt"], ValueError, "/nowhere.pt does not exist"),

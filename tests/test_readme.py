@@ -43,7 +43,7 @@ def test_published_checkpoints_are_those_of_the_converter():
 def test_python_blocks(small_base, tmp_path, monkeypatch):
     small_base.save_pretrained(tmp_path / "facebook" / "spidr-base")
     SpidrFeatureExtractor().save_pretrained(tmp_path / "facebook" / "spidr-base")
-    write_speech(tmp_path / "speech.wav")
+    write_speech(tmp_path / "speech.flac")
     monkeypatch.chdir(tmp_path)
     for number, code in enumerate(code for language, code in BLOCKS if language == "python"):
         exec(compile(code, f"README.md, Python block {number + 1}", "exec"), {})
@@ -64,27 +64,23 @@ def server(small_base, tmp_path) -> Iterator[str]:
 
 
 @pytest.fixture
-def copy(small_base, tmp_path) -> Path:
-    """A copy of the repository with the files that README takes for granted."""
-    folder = copy_repository(tmp_path / "copy")
-    write_speech(folder / "speech.wav")
-    (folder / "downloads").mkdir()
-    write_checkpoint(folder / "downloads" / "checkpoint.pt", small_base)
-    return folder
+def copy(tmp_path) -> Path:
+    return copy_repository(tmp_path / "copy")
 
 
 @pytest.mark.slow
 def test_the_whole_walk(copy, server, tmp_path):
-    environment = own_environment(tmp_path / "venv") | {MIRROR_VARIABLE: server}
+    environment = own_environment(copy / ".venv") | {MIRROR_VARIABLE: server}
     for language, block in BLOCKS:
         lines = command_lines(block) if language == "bash" else [f"python -c {shlex.quote(block)}"]
         for line in lines:
             if not line.startswith("make "):
                 type_in(line, copy, environment)
-    exported = torch.load(copy / "exported.pt", weights_only=True)
-    original = torch.load(copy / "downloads" / "checkpoint.pt", weights_only=True)["model"]
-    exported = exported.get("model", exported)
+    (served,) = (tmp_path / "served").rglob("*.pt")
+    exported, original = (torch.load(path, weights_only=True)["model"] for path in (copy / "exported.pt", served))
     assert exported.keys() == original.keys()
     assert all(torch.equal(exported[name], original[name]) for name in original)
+    weights = [(copy / name / "model.safetensors").read_bytes() for name in ("facebook/spidr-base", "my-model")]
+    assert weights[0] == weights[1]
     assert (copy / "runs" / "mine" / "final" / "config.json").exists()
     assert (copy / "units" / "6" / "units.jsonl").exists() and (copy / "features" / "6").is_dir()

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch
 from tiny import tiny_model
 
 from spidr_hf.files import replaced_folder, write_text
+from spidr_hf.pretraining import save_final
+from spidr_hf.run_config import make_config
 from spidr_hf.run_metrics import Averages, MetricsFile
 from spidr_hf.run_state import (
     Checkpoints,
@@ -146,6 +149,41 @@ def test_a_full_disk_is_reported_and_spoils_nothing(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1"]
 
 
+@pytest.fixture
+def small_files():
+    """No file of this process can grow beyond 60 kB, as if the disk were full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_for_safetensors(tmp_path, small_files):
+    """Its writer's errors are of its own kind."""
+    model, optimizer = model_and_optimizer()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(TrainerState(step=2), model, optimizer)
+    with pytest.raises(RunFolderError, match=r"Cannot write a checkpoint into .*too large.*the same command goes on"):
+        checkpoints.wait()
+    config = make_config({"run": {"model_type": "spidr"}, "data": {"manifest": "x"}})
+    with pytest.raises(RunFolderError, match=r"Cannot write the model into .*too large.*the same command does so"):
+        save_final(model, tmp_path / "final", config, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("name"), AssertionError()])
+def test_whatever_ends_the_write_is_reported(tmp_path, monkeypatch, error):
+    def failing(tensors, path, metadata=None):
+        raise error
+
+    model, optimizer = model_and_optimizer()
+    monkeypatch.setattr("spidr_hf.run_state.save_file", failing)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(TrainerState(step=2), model, optimizer)
+    with pytest.raises(RunFolderError, match=rf"Cannot write a checkpoint into .*({type(error).__name__}|name)"):
+        checkpoints.wait()
+
+
 def test_folders_are_replaced_whole(tmp_path):
     target = tmp_path / "final"
     for content in ("old", "new"):
@@ -235,6 +273,73 @@ def test_signals_ask_to_stop(number):
     finally:
         for n, handler in handlers.items():
             signal.signal(n, handler)
+
+
+# Signalled, a process takes longer to stop than it has time, since another does not answer or the disk is slow.
+SLOW_TO_STOP = """
+import os, signal, time
+from pathlib import Path
+run_state._GRACE_SECONDS, run_state._WRITING_SECONDS, run_state._LOOK_SECONDS = 2, {limit}, 0.1
+folder = Path(sys.argv[1])
+stop = run_state.StopSignal(folders=[folder])
+model = run_state.nn.Linear(2, 2)
+checkpoints = run_state.Checkpoints(folder)
+save_file = run_state.save_file
+
+def slow(*arguments, **options):
+    time.sleep({seconds})
+    save_file(*arguments, **options)
+
+run_state.save_file = slow
+os.kill(os.getpid(), signal.SIGUSR1)
+assert stop.agreed()
+{does}
+print("stopped", flush=True)
+"""
+WRITES = "checkpoints.save(run_state.TrainerState(step=1), model, run_state.torch.optim.AdamW(model.parameters()))\n"
+
+
+@pytest.mark.slow
+def test_a_slow_disk_has_more_time(tmp_path):
+    cases = {
+        "while it is written": (WRITES + "time.sleep(4)", 2, 60, True),
+        "while nothing is": ("time.sleep(30)", 2, 60, False),
+        "not forever": (WRITES + "checkpoints.wait()", 30, 0.5, False),
+    }
+    processes = {
+        name: in_another_process(SLOW_TO_STOP.format(does=does, seconds=seconds, limit=limit), str(tmp_path / name))
+        for name, (does, seconds, limit, _) in cases.items()
+    }
+    for name, (*_, stops) in cases.items():
+        printed = processes[name].communicate(timeout=120)[0]
+        assert (printed, processes[name].returncode) == (("stopped\n", 0) if stops else ("", -signal.SIGALRM)), name
+        assert Checkpoints(tmp_path / name).steps() == ([1] if stops else []), name
+
+
+def test_the_end_is_put_off_while_a_folder_is_written(tmp_path, monkeypatch):
+    alarms = []
+    monkeypatch.setattr(signal, "alarm", lambda seconds: alarms.append(seconds) or 60)
+    monkeypatch.setattr("spidr_hf.run_state._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("spidr_hf.run_state._WRITING_SECONDS", 2.0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        stop = StopSignal(folders=[tmp_path, tmp_path / "none"])
+        with replaced_folder(tmp_path / "step_1"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.3)
+        assert stop.received == "SIGUSR1" and len(alarms) > 1
+        time.sleep(0.05)
+        count = len(alarms)
+        time.sleep(0.1)
+        assert len(alarms) == count
+
+        monkeypatch.setattr(signal, "alarm", lambda seconds: alarms.append(seconds) or 0)
+        with replaced_folder(tmp_path / "step_2"):
+            time.sleep(0.1)
+        assert alarms[count:] == [alarms[0], 0]  # called off meanwhile, it stays off
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_metrics_keep_one_row_per_step(tmp_path):

@@ -16,6 +16,8 @@ from spidr_hf.run_state import Checkpoints
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "slurm"
 STEPS = 300
+# In seconds: each of these waits takes a fraction of it, unless the machine has much else to do.
+PATIENCE = 600
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 
@@ -98,7 +100,7 @@ def log(folder: Path) -> str:
     return "\n".join(f"--- {path}\n{path.read_text()}" for path in sorted(folder.glob("slurm-*.out")))
 
 
-def wait_for_rows(folder: Path, count: int, seconds: float = 300) -> None:
+def wait_for_rows(folder: Path, count: int, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not (folder / "metrics.jsonl").exists() or len(rows(folder)) < count:
         assert time.monotonic() < deadline, log(folder)
@@ -125,19 +127,19 @@ def test_a_run_through_cancellation_and_time_limit(cluster, tmp_path):
     assert done.stdout == f"{config}: job {number}, {run}\n"
     wait_for_rows(run, 10)
     cluster("scancel", number)
-    cluster.wait(number, {"CANCELLED"}, 120)
+    cluster.wait(number, {"CANCELLED"}, PATIENCE)
     (cancelled_at,) = Checkpoints(run / "checkpoints").steps()
     assert 10 <= cancelled_at == len(rows(run)) and "SIGTERM: saved step" in log(run)
 
     # SLURM looks at time limits twice a minute and counts half a minute as nothing: the signal comes after 30 to 60 s.
     done = submit(*command, "-t", "5", env={**environment, "SBATCH_SIGNAL": "B:USR1@240"})
     number = done.stdout.split("job ")[1].split(",")[0]
-    deadline = time.monotonic() + 330
+    deadline = time.monotonic() + PATIENCE
     while cluster.job(number)["Restarts"] == "0":
         assert time.monotonic() < deadline and cluster.job(number)["JobState"] not in OVER, log(run)
         time.sleep(0.5)
     cluster("scontrol", "update", f"JobId={number}", "TimeLimit=30")  # however slow this machine is, it ends this time
-    job = cluster.wait(number, OVER, 600)
+    job = cluster.wait(number, OVER, 2 * PATIENCE)
     printed = log(run)
     assert job["JobState"] == "COMPLETED" and int(job["Restarts"]) >= 1, printed
     assert f"Continuing from {run}/checkpoints/step_{cancelled_at}." in printed
@@ -183,11 +185,11 @@ def test_what_the_jobs_do_around_training(cluster, tmp_path):
     watching = sbatch("watching", "-N1", f"--dependency=after:{good}", validation, "--run-dir", "x", TRAINING_JOB=good,
                       SECONDS_BETWEEN_LOOKS="2")  # fmt: skip
 
-    job = cluster.wait(bad, OVER, 60)
+    job = cluster.wait(bad, OVER, PATIENCE)
     assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "0", "1:0")
     assert f"job {bad}: ended with status 1" in (tmp_path / "bad.out").read_text()
 
-    job = cluster.wait(good, OVER, 150)
+    job = cluster.wait(good, OVER, PATIENCE)
     printed = (tmp_path / "good.out").read_text()
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), printed
     assert "saved by n1" in printed and "saved by n2" in printed
@@ -200,7 +202,7 @@ def test_what_the_jobs_do_around_training(cluster, tmp_path):
     assert f"job {good}: the time limit is near: back into the queue" in printed
     assert f"job {good}: ended with status 0" in printed
 
-    printed = (tmp_path / "watching.out").read_text() if cluster.wait(watching, OVER, 60) else ""
+    printed = (tmp_path / "watching.out").read_text() if cluster.wait(watching, OVER, PATIENCE) else ""
     assert f"training job {good} is over" in printed and "validate.py --run-dir x" in printed
     assert cluster.job(watching)["JobState"] == "COMPLETED" and "ended with status 0" in printed
 
@@ -226,16 +228,16 @@ def test_validation_is_a_job_of_its_own(cluster, tmp_path):
 
     training, validation = jobs(1000, environment)
     wait_for_rows(run, 25)
-    cluster.wait(validation, {"RUNNING"}, 120)
+    cluster.wait(validation, {"RUNNING"}, PATIENCE)
     cluster("scancel", training)
-    assert cluster.wait(validation, OVER, 300)["JobState"] == "COMPLETED", log(run)
+    assert cluster.wait(validation, OVER, PATIENCE)["JobState"] == "COMPLETED", log(run)
     assert f"training job {training} is over" in log(run)
     assert {20, *Checkpoints(run / "checkpoints").steps()} == validated_steps(run)
 
     steps = max(validated_steps(run)) + 30
     training, validation = jobs(steps, cluster.environment)
-    assert cluster.wait(training, OVER, 300)["JobState"] == "COMPLETED", log(run)
-    assert cluster.wait(validation, OVER, 300)["JobState"] == "COMPLETED", log(run)
+    assert cluster.wait(training, OVER, PATIENCE)["JobState"] == "COMPLETED", log(run)
+    assert cluster.wait(validation, OVER, PATIENCE)["JobState"] == "COMPLETED", log(run)
     assert validated_steps(run) == {*Checkpoints(run / "checkpoints").steps()} and steps in validated_steps(run)
 
 

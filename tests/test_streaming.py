@@ -191,6 +191,7 @@ def test_what_cannot_be_used_is_skipped_and_named(tmp_path):
     assert rows == 3 and tried >= rows + 2
     reasons = {entry.fileid.rpartition(", ")[2]: entry.reason for entry in skipped}
     assert "cannot be read as audio" in reasons["row 1"] and "no audio in this row" in reasons["row 2"]
+    assert "has 100 samples at 16 kHz, at least 2000 are needed" in reasons["row 3"]
 
 
 def test_audio_of_which_nothing_can_be_used_is_a_failure(tmp_path):

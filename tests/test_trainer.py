@@ -5,7 +5,8 @@ import logging
 
 import pytest
 import torch
-from runs import final, forget_processes, pretrain_here, rows, write_audio, write_config
+from runs import final, finish, forget_processes, launch, pretrain_here, rows, write_audio, write_config
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from spidr_hf import SpidrForPretraining
@@ -35,6 +36,25 @@ def trainer_of(config_file, folder, *overrides, **arguments) -> Trainer:
     return make_trainer(config, open_manifest(config.data.manifest, progress=False), folder, **{**QUIET, **arguments})
 
 
+def assert_the_same(history: list[dict], expected: list[dict]) -> None:
+    """What Trainer logged, against the rows of metrics.jsonl."""
+    ours = [row for row in history if "loss" in row]
+    assert [row["step"] for row in ours] == list(range(1, 21))
+    for left, right in zip(ours, expected, strict=True):
+        for name in ("loss", "target_ppl", "pred_ppl", "grad_norm"):
+            assert left[name] == pytest.approx(right[name], rel=1e-4), (left["step"], name)
+        assert left["learning_rate"] == pytest.approx(right["lr"])
+        assert left["ema_decay"] == pytest.approx(right["ema_decay"])
+        for k in range(2):
+            assert left[f"layer_losses/{k}"] == pytest.approx(right["layer_losses"][k], rel=1e-4)
+
+
+def assert_close(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
 OPTIONS = {
     "accumulation, through the freeze": ["--optimizer.gradient_accumulation_steps", "3"],
     "padding, no mask": ["--data.enable_padding", "true", "--masking.mask_prob", "0"],
@@ -48,18 +68,9 @@ def test_the_losses_of_trainer_are_those_of_the_command(config_file, tmp_path, o
     trainer = trainer_of(config_file, tmp_path / "trainer", *options)
     trainer.train()
 
-    expected, ours = rows(tmp_path / "command"), [row for row in trainer.state.log_history if "loss" in row]
-    assert [row["step"] for row in ours] == list(range(1, 21))
-    for left, right in zip(ours, expected, strict=True):
-        for name in ("loss", "target_ppl", "pred_ppl", "grad_norm"):
-            assert left[name] == pytest.approx(right[name], rel=1e-4), (left["step"], name)
-        assert left["learning_rate"] == pytest.approx(right["lr"])
-        assert left["ema_decay"] == pytest.approx(right["ema_decay"])
-        for k in range(2):
-            assert left[f"layer_losses/{k}"] == pytest.approx(right["layer_losses"][k], rel=1e-4)
+    assert_the_same(trainer.state.log_history, rows(tmp_path / "command"))
     state = trainer.model.state_dict()
-    for name, value in final(tmp_path / "command").items():
-        torch.testing.assert_close(state[name], value, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    assert_close(state, final(tmp_path / "command"))
     # What it saved is a model like any other, with everything in it.
     saved = SpidrForPretraining.from_pretrained(tmp_path / "trainer" / "checkpoint-20")
     assert saved.current_step.item() == 20
@@ -138,3 +149,38 @@ def test_the_logs_reach_the_trackers(config_file, tmp_path):
     assert b"target_ppl" in events.read_bytes()
     state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     assert [row["step"] for row in state["log_history"]] == [2, 4] and "target_ppl" in state["log_history"][1]
+
+
+# A command like `examples/pretrain.py`, with Trainer in it. The last options are whether it resumes, and its steps.
+TRAINER = """
+import sys
+from spidr_hf.manifests import open_manifest
+from spidr_hf.run_config import load_config
+from spidr_hf.trainer import make_trainer
+
+_, _, config, _, folder, *overrides, resume, steps = sys.argv
+config = load_config(config, overrides)
+source = open_manifest(config.data.manifest, progress=False)
+trainer = make_trainer(config, source, folder, use_cpu=True, disable_tqdm=True, max_steps=int(steps))
+assert trainer.args.world_size == 2
+trainer.train(resume_from_checkpoint=resume == "resume")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turns", ["1", "3"])
+def test_two_processes(config_file, tmp_path, turns):
+    """As many as share an update: losses and state are those of the command with two, also after a resume."""
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    options = ["--optimizer.gradient_accumulation_steps", turns, "--optimizer.max_steps", "20"]
+    options += ["--run.save_interval", "5", "--model.freeze_step", "100", "--data.num_workers", "1"]
+    finish(launch(config_file, tmp_path / "command", *options, processes=2))
+    for folder, resume, steps in (("whole", "begin", "20"), ("cut", "begin", "10"), ("cut", "resume", "20")):
+        finish(launch(config_file, tmp_path / folder, *options, resume, steps, processes=2, script=script))
+    for folder in ("whole", "cut"):
+        saved = tmp_path / folder / "checkpoint-20"
+        assert_the_same(
+            json.loads((saved / "trainer_state.json").read_text())["log_history"], rows(tmp_path / "command")
+        )
+        assert_close(load_file(saved / "model.safetensors"), final(tmp_path / "command"))

@@ -221,6 +221,7 @@ def test_wandb_offline(config, tmp_path, monkeypatch):
     identifiers = {path.name.rpartition("-")[2] for path in runs}
     assert len(runs) == 2 and len(identifiers) == 1  # one run on the site, in two pieces
     assert all(list(path.glob("*.wandb")) for path in runs)
+    assert not [thread.name for thread in threading.enumerate() if "wandb" in thread.name]
 
 
 @pytest.mark.parametrize(

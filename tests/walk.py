@@ -33,7 +33,7 @@ STEPS = 3  # that a pretraining config of the copy runs for
 
 
 def copy_repository(folder: Path, *, shortened: bool = True) -> Path:
-    """The repository without its tests; `shortened`: its short pretraining configs run for `STEPS` steps."""
+    """The repository without its tests; `shortened`: its short pretraining configs run for `STEPS` logged steps."""
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -43,7 +43,8 @@ def copy_repository(folder: Path, *, shortened: bool = True) -> Path:
     for config in (folder / "examples" / "configs").glob("*.toml") if shortened else ():
         text = config.read_text()
         if int(re.search(r"^max_steps = (\d+)", text, re.M)[1]) <= 10_000:
-            config.write_text(re.sub(r"^max_steps = .*", f"max_steps = {STEPS}", text, flags=re.M))
+            text = re.sub(r"^max_steps = .*", f"max_steps = {STEPS}", text, flags=re.M)
+            config.write_text(re.sub(r"^log_interval = .*", "log_interval = 1", text, flags=re.M))
     return folder
 
 

@@ -1,15 +1,13 @@
 """Names of the upstream, for s3prl and SUPERB.
 
-Copy this folder to `s3prl/upstream/spidr` of an s3prl checkout (in the environment of which this package is installed),
-and add one line to `s3prl/hub.py`:
+`examples/s3prl/run_downstream.py` is s3prl's command with these among its upstreams. To have them in a checkout of
+s3prl for good, copy this folder to `s3prl/upstream/spidr` there (this package must be installed in its environment) and
+add one line to `s3prl/hub.py`:
 
     from s3prl.upstream.spidr.hubconf import *
 
-Then, with a converted or trained model folder or a name on the Hub:
-
-    python run_downstream.py -m train -n NAME -u spidr -k MODEL -d ctc -c downstream/ctc/libriphone.yaml
-
-or in Python `S3PRLUpstream("spidr", path_or_url=MODEL)`.
+Then `S3PRLUpstream("spidr", path_or_url=MODEL)` works in Python, with a converted or trained model folder or a name on
+the Hub.
 """
 
 from .expert import UpstreamExpert as _UpstreamExpert
