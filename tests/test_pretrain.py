@@ -101,9 +101,16 @@ OPTIONS = {
     "bfloat16, padding": ["--optimizer.dtype", "bfloat16", "--data.enable_padding", "true"],
     "dinosr, uniform spans": ["--run.model_type", "dinosr", "--masking.mask_selection", "uniform"],
 }
+QUICK = ("accumulation and workers", "dinosr, uniform spans")
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, options in OPTIONS.items()
+    ],
+)
 def test_killed_and_started_again_it_is_the_same_run(pretrain, monkeypatch, options):
     """Killed in a step, while a batch is made, twice; then told to stop in time."""
     expected = pretrain("whole", *options)

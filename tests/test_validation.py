@@ -471,7 +471,11 @@ def test_watching(run, config):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--optimizer.dtype", "bfloat16", "--data.num_workers", "1"]], ids=["", "bf16"]
+    "options",
+    [
+        [],
+        pytest.param(["--optimizer.dtype", "bfloat16", "--data.num_workers", "1"], id="bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_inline_validation_disturbs_nothing(pretrain, options):
     """Every loss and every tensor is that of a run without it, through a resume in the middle of a validation."""
