@@ -279,7 +279,7 @@ def test_signals_ask_to_stop(number):
 SLOW_TO_STOP = """
 import os, signal, time
 from pathlib import Path
-run_state._GRACE_SECONDS, run_state._WRITING_SECONDS, run_state._LOOK_SECONDS = 2, {limit}, 0.1
+run_state._GRACE_SECONDS, run_state._WRITING_SECONDS, run_state._LOOK_SECONDS = 4, {limit}, 0.1
 folder = Path(sys.argv[1])
 stop = run_state.StopSignal(folders=[folder])
 model = run_state.nn.Linear(2, 2)
@@ -302,7 +302,7 @@ WRITES = "checkpoints.save(run_state.TrainerState(step=1), model, run_state.torc
 @pytest.mark.slow
 def test_a_slow_disk_has_more_time(tmp_path):
     cases = {
-        "while it is written": (WRITES + "time.sleep(4)", 2, 60, True),
+        "while it is written": (WRITES + "time.sleep(7)", 6, 60, True),
         "while nothing is": ("time.sleep(30)", 2, 60, False),
         "not forever": (WRITES + "checkpoints.wait()", 30, 0.5, False),
     }
