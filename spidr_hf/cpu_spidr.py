@@ -1,11 +1,11 @@
 """What runs faster on CPUs in another form than PyTorch's own: matrix products, and dropout.
 
-**Products.** On x86 `F.linear` in float32 goes to MKL, which is a third slower than oneDNN on some CPUs and cannot
+**Products.** On x86 `F.linear` in float32 goes to MKL, which is slower than oneDNN on some CPUs and cannot
 apply the GELU in the same pass. oneDNN is reached by the operator that the compiler uses for it. It has no gradient:
 where one is wanted, `_Product` gives it for float32 (in bfloat16 PyTorch takes oneDNN by itself). Any module that is
 more than a plain `nn.Linear` (quantised, wrapped, with hooks) takes the ordinary way.
 
-**Dropout.** PyTorch draws one Bernoulli number per element on a CPU, which costs more than attention itself. Sixteen
+**Dropout.** PyTorch draws one Bernoulli number per element on a CPU, which is slow. Sixteen
 bits of a random integer decide as well: the rate is rounded to a multiple of 1/65536 and the scale follows it.
 """
 
@@ -43,8 +43,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def fast_products(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether products of `x` with `weights` (which may be None) run on oneDNN, and nothing wants their gradient."""
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))
-    return not wanted and onednn_takes(x, *weights)
+    return not _wants_gradient(x, *weights) and onednn_takes(x, *weights)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def onednn_takes(x: Tensor, *weights: Tensor | None) -> bool:
@@ -87,7 +90,7 @@ def row_pieces(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...] | None:
 def linear(module: nn.Module, x: Tensor, activation: nn.Module | None = None) -> Tensor:
     """`activation(module(x))`, in one pass where that can be done and the activation is the exact GELU."""
     fast = plain_mode() and _is_plain(module) and onednn_takes(x, module.weight, module.bias)
-    if fast and fast_products(x, module.weight, module.bias):
+    if fast and not _wants_gradient(x, module.weight, module.bias):
         gelu = activation is not None and _is_exact_gelu(activation)
         x = fast_product(x, module.weight, module.bias, gelu)
         return x if gelu or activation is None else activation(x)
@@ -149,7 +152,7 @@ def gelu_in_place(x: Tensor) -> Tensor:
 
 def convolution_taps(weight: Tensor, stride: int, dtype: torch.dtype) -> list[Tensor]:
     """Weights O x C x k of a strided convolution as one matrix per shift: tap `i` is applied `i` steps later."""
-    # oneDNN takes a strided matrix, a hundred times slower.
+    # oneDNN takes a strided matrix, but very slowly.
     return [part.transpose(1, 2).flatten(1).to(dtype).contiguous() for part in weight.split(stride, dim=2)]
 
 
