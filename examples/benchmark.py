@@ -16,17 +16,21 @@ the same optimizer on both sides), inference (features of all layers), ragged (r
 positional, codebooks, masks, loader, lengths (cost per second of audio from 1 to 60 s; with --hour an hour, in
 windows), memory (peak above the loaded weights, each in a process of its own, and what training is counted to need).
 
+With --targets each part, and each dtype of the first two, has a process of its own: what ran before leaves traces in
+the heap and in oneDNN's caches.
+
 float32 is float32 throughout. bfloat16 is autocast in training and bfloat16 weights in inference.
 """
 
 import argparse
 import importlib.util
 import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -37,7 +41,7 @@ import torch.nn.functional as F
 import transformers
 
 from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining
-from spidr_hf.allocation import keep_freed_memory
+from spidr_hf.allocation import prepare_training_process
 from spidr_hf.batching import BucketSampler
 from spidr_hf.benchmark_peers import PEERS, Peer, difference, installed_peers, make_peer, spidr_span_masks
 from spidr_hf.benchmarking import (
@@ -321,7 +325,7 @@ class Benchmark:
             for side in sides if seconds <= 60 else [OURS]:
                 case = {"side": side, "seconds": seconds, "size": self.args.size, "device": str(self.device)}
                 row = {"part": "memory", "side": side, "dtype": "float32", "batch": 1, "length": seconds}
-                self.rows.append({**row, "peak_mib": round(in_child(case) / 2**20)})
+                self.rows.append({**row, "peak_mib": round(alone(peak_of, case) / 2**20)})
                 print(line(self.rows[-1]), flush=True)
         need = training_memory(SpidrConfig()).total
         for card in (24, 40, 80):
@@ -382,17 +386,8 @@ def repository_function(path: str, name: str, module: str | None = None) -> Call
     return getattr(loaded, name)
 
 
-def in_child(case: dict) -> int:
-    """Peak memory of a case in a process of its own, in bytes."""
-    command = [sys.executable, __file__, "--child", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"Measuring memory failed: {done.stderr.strip().splitlines()[-1:]}")
-    return int(done.stdout.strip().splitlines()[-1])
-
-
-def measure_child(case: dict) -> int:
-    """What `in_child` runs: loads one model, warms up on a second of audio, and measures."""
+def peak_of(case: dict) -> int:
+    """Peak memory of a case in bytes: loads one model, warms up on a second of audio, and measures."""
     torch.set_num_threads(1)
     device = torch.device(case["device"])
     model = SpidrForPretraining(SpidrConfig(**SIZES[case["size"]]))
@@ -487,40 +482,63 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     args = parse_args()
-    if args.child:
-        print(measure_child(json.loads(args.child)))
-        return
     with clear_errors():
         if args.threads:
             torch.set_num_threads(args.threads)
-        keep_freed_memory()  # as the pretraining command does; both sides gain
-        benchmark = Benchmark(args)
-        machine = describe_machine(benchmark.device)
+        machine = describe_machine(torch.device(args.device))
         print(f"spidr {args.size} on {machine['device']}, {machine['threads']} threads, torch {torch.__version__}")
-        for name, value in benchmark.differences.items():
-            kind = "weights alike" if benchmark.peers[name].equal else "but for the positional convolution alike"
-            print(f"features of {name}: {kind}, largest difference {value:.1g} standard deviations")
-        for part in args.parts:
-            getattr(benchmark, part)()
-        met = targets(benchmark.rows) if args.targets else []
+        results = [alone(measure, job) for job in jobs(args)] if args.targets else [measure(args)]
+        rows = [row for result in results for row in result["results"]]
+        met = targets(rows) if args.targets else []
         if met:
             print("\ntargets")
         for what, value, relation, target, ok in met:
             print(f"  {'met   ' if ok else 'MISSED'}  {what}: {value:.2f} ({relation} {target:g})")
         if args.plot:
-            draw(benchmark.rows, args.plot)
+            draw(rows, args.plot)
         if args.json:
             result = {
                 **machine,
                 "transformers": transformers.__version__,
                 "size": args.size,
                 "rounds": args.rounds,
-                "differences": benchmark.differences,
-                "peak_flops": benchmark.peaks,
-                "results": benchmark.rows,
+                "differences": {name: value for result in results for name, value in result["differences"].items()},
+                "peak_flops": {name: value for result in results for name, value in result["peak_flops"].items()},
+                "results": rows,
                 "targets": [dict(zip(("what", "value", "relation", "target", "met"), t, strict=True)) for t in met],
             }
             write_text(args.json, json.dumps(result, indent=2) + "\n")
+
+
+def jobs(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The parts one by one, and those of models in one dtype at a time."""
+    options = vars(args)
+    return [
+        argparse.Namespace(**{**options, "parts": [part], "dtype": dtype})
+        for part in args.parts
+        for dtype in ([[name] for name in args.dtype] if part in ("training", "inference") else [args.dtype])
+    ]
+
+
+def alone(function: Callable, *arguments):
+    """What a function returns in a process of its own, where no heap, cache or weights of earlier work are left."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Measures `args.parts`: `results` (rows), `differences` of outputs from the peers', `peak_flops` by dtype."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if "training" in args.parts:
+        prepare_training_process()  # as the pretraining command does; both sides gain
+    benchmark = Benchmark(args)
+    for name, value in benchmark.differences.items():
+        kind = "weights alike" if benchmark.peers[name].equal else "but for the positional convolution alike"
+        print(f"features of {name}: {kind}, largest difference {value:.1g} standard deviations", flush=True)
+    for part in args.parts:
+        getattr(benchmark, part)()
+    return {"results": benchmark.rows, "differences": benchmark.differences, "peak_flops": benchmark.peaks}
 
 
 def parse_args() -> argparse.Namespace:
@@ -547,7 +565,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="found out by itself")
     parser.add_argument("--json", type=Path, help="write the numbers here, too")
     parser.add_argument("--plot", type=Path, help="draw cost against length here (needs matplotlib)")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.size = args.size or ("base" if args.targets else "tiny")
     # Training comes first: casting for inference rounds the weights, and losses are compared before.

@@ -36,7 +36,7 @@ if not __package__:
 from typing import Any
 
 from spidr_hf import SpidrForAudioFrameClassification, SpidrForSequenceClassification, SpidrForXVector
-from spidr_hf.allocation import keep_freed_memory
+from spidr_hf.allocation import prepare_training_process
 from spidr_hf.audio import SAMPLING_RATE
 from spidr_hf.classification import FrameTask, SpeakerTask, UtteranceTask, label_fields, layer_weights
 from spidr_hf.commands import clear_errors, start_processes
@@ -79,7 +79,7 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     """Opens everything, trains, and prints the scores."""
     settings = settings_of(args)
-    keep_freed_memory()
+    prepare_training_process()
     state = start_processes()
     if args.task != "frame" and not args.column:
         if args.task == "utterance":

@@ -33,7 +33,7 @@ if not __package__:
 from transformers import Wav2Vec2Processor
 
 from spidr_hf import SpidrForCTC
-from spidr_hf.allocation import keep_freed_memory
+from spidr_hf.allocation import prepare_training_process
 from spidr_hf.audio import SAMPLING_RATE
 from spidr_hf.commands import clear_errors, start_processes
 from spidr_hf.ctc import (
@@ -83,7 +83,7 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     """Opens everything, trains, and prints the error rates."""
     settings = settings_of(args)
-    keep_freed_memory()
+    prepare_training_process()
     state = start_processes()
     targets, parts = open_parts(args, lambda data, source: read_targets(args, data, source))
     _, source, indices = parts[0]

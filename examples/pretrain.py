@@ -61,7 +61,7 @@ from conversion.sources import find_source
 from conversion.spidr_format import objective_of
 from conversion.tensors import check_tensors
 from spidr_hf import SpidrConfig, SpidrForPretraining
-from spidr_hf.allocation import keep_freed_memory
+from spidr_hf.allocation import prepare_training_process
 from spidr_hf.audio import AudioError
 from spidr_hf.batching import BatchingError
 from spidr_hf.data import dropout_seed
@@ -126,7 +126,7 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     die_with_launcher()
     kill_workers_at_exit()
-    keep_freed_memory()
+    prepare_training_process()
     logging.basicConfig(format="%(message)s")
     transformers_logging.disable_progress_bar()
     try:

@@ -1,10 +1,18 @@
-"""Memory that a training process frees and needs again a moment later."""
+"""What a training process has once and needs again a moment later: memory, and products made ready."""
 
 import ctypes
+import os
 import sys
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_PRIMITIVES = 8192
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # of glibc on 64-bit machines
+
+
+def prepare_training_process() -> None:
+    """Both of what follows; to be called before the first tensor is made."""
+    keep_freed_memory()
+    keep_primitives()
 
 
 def keep_freed_memory() -> bool:
@@ -24,4 +32,14 @@ def keep_freed_memory() -> bool:
     return all([mallopt(option, value) for option, value in settings])
 
 
-__all__ = ["keep_freed_memory"]
+def keep_primitives() -> None:
+    """Lets oneDNN keep more of the operations that it has compiled, if it has not compiled any yet.
+
+    Each is for one shape of its inputs, and an encoder has some forty. Batches of many lengths are more than the 1 024
+    that oneDNN keeps by itself, and it then compiles in every step, which scatters the heap besides. A number that the
+    environment already has stays.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_PRIMITIVES))
+
+
+__all__ = ["keep_freed_memory", "keep_primitives", "prepare_training_process"]

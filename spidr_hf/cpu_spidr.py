@@ -1,9 +1,11 @@
-"""What runs faster on CPUs in another form than PyTorch's own: matrix products, and dropout.
+"""What runs faster on CPUs in another form than PyTorch's own: matrix products, attention, and dropout.
 
 **Products.** On x86 `F.linear` in float32 goes to MKL, which is slower than oneDNN on some CPUs and cannot
 apply the GELU in the same pass. oneDNN is reached by the operator that the compiler uses for it. It has no gradient:
 where one is wanted, `_Product` gives it for float32 (in bfloat16 PyTorch takes oneDNN by itself). Any module that is
 more than a plain `nn.Linear` (quantised, wrapped, with hooks) takes the ordinary way.
+
+**Attention.** Two batched products, where PyTorch's fused form has no fast one: see `attends_by_products`.
 
 **Dropout.** PyTorch draws one Bernoulli number per element on a CPU, which is slow. Sixteen
 bits of a random integer decide as well: the rate is rounded to a multiple of 1/65536 and the scale follows it.
@@ -19,15 +21,17 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _LEVELS = 1 << 16
 _PIECE_ROWS = 512
+_LONGEST_PRODUCT_ATTENTION = 1024  # frames; beyond, the fused form's smaller memory makes it as fast
 
 
-def _onednn() -> bool:
-    """Whether this build of PyTorch and this machine have the operator, and the process has not switched it off."""
+def _onednn(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether oneDNN is here for products of `dtype` (float32 or bfloat16), and the process has not switched it off."""
     return (
         _X86
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 
@@ -53,7 +57,8 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 def onednn_takes(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether oneDNN can be given products of `x` with `weights` directly: see the top of the file."""
     tensors = [x, *(weight for weight in weights if weight is not None)]
-    if x.device.type != "cpu" or not plain_mode() or not _onednn():
+    dtype = product_dtype(x)
+    if dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu" or not plain_mode() or not _onednn(dtype):
         return False
     autocast = torch.is_autocast_enabled("cpu")
     for tensor in tensors:
@@ -61,8 +66,7 @@ def onednn_takes(x: Tensor, *weights: Tensor | None) -> bool:
             return False
         if tensor.dtype not in (torch.float32, torch.bfloat16) or (tensor.dtype != x.dtype and not autocast):
             return False
-    dtype = product_dtype(x)
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return True
 
 
 def fast_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
@@ -198,14 +202,21 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return x * _keep_mask(x, p) if _fast_dropout(x, p) else F.dropout(x, p)
 
 
-def attention_drops_fast(query: Tensor, p: float) -> bool:
-    """Whether `dropout_attention` replaces PyTorch's attention, which has no fused form with dropout on a CPU."""
-    return p > 0 and _fast_dropout(query, p)
+def attends_by_products(qkv: Tensor, p: float) -> bool:
+    """Whether `product_attention` replaces PyTorch's attention. `qkv`: B x T x ..., `p`: dropout of the weights.
 
-
-def dropout_attention(qkv: Tensor, keep: Tensor | None, scaling: float, p: float) -> Tensor:
+    PyTorch has no fused form with dropout on a CPU. Its fused form in bfloat16 hands oneDNN a product per head and
+    block of keys, and getting them started costs more than the products themselves unless sequences are long.
     """
-    Attention with dropout on its weights, in the dtype of its input (PyTorch's own form computes bfloat16 in float32).
+    if p > 0:
+        return _fast_dropout(qkv, p)
+    short = qkv.shape[1] <= _LONGEST_PRODUCT_ATTENTION
+    return short and qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu" and plain_mode() and _onednn(qkv.dtype)
+
+
+def product_attention(qkv: Tensor, keep: Tensor | None, scaling: float, p: float) -> Tensor:
+    """
+    Attention as two batched products, in the dtype of its input; dropout on its weights.
 
     Args:
         qkv: B x T x 3 x heads x D, queries, keys and values.
@@ -222,21 +233,22 @@ def dropout_attention(qkv: Tensor, keep: Tensor | None, scaling: float, p: float
         scores = (
             scores.view(batch, heads, length, length).masked_fill(~keep, torch.finfo(scores.dtype).min).flatten(0, 1)
         )
-    context = torch.bmm(dropout(scores.softmax(-1).to(value.dtype), p), value)
+    weights = scores.softmax(-1).to(value.dtype)
+    context = torch.bmm(dropout(weights, p) if p > 0 else weights, value)
     return context.view(batch, heads, length, width).transpose(1, 2)
 
 
 __all__ = [
     "SpidrDropout",
-    "attention_drops_fast",
+    "attends_by_products",
     "convolution_taps",
     "dropout",
-    "dropout_attention",
     "fast_product",
     "fast_products",
     "gelu_in_place",
     "linear",
     "onednn_takes",
+    "product_attention",
     "product_dtype",
     "row_pieces",
     "strided_convolution",

@@ -22,6 +22,8 @@ from .manifests import AudioSource, Skipped
 
 NO_LABEL = -100
 _CROP = 4  # part of the seed of crops; those before it are pretraining's
+# oneDNN compiles for every shape anew, and a GPU's matrix units take multiples of 8.
+_FRAME_MULTIPLE = 16
 _SHORTER = 0.9  # a file shorter than this share of what its manifest says is cut off
 
 # Labels of an utterance, by its index: one number; or one per token or frame.
@@ -131,23 +133,28 @@ class LabelledBatches(Dataset[LabelledBatch]):
         if not rows:
             raise AudioError(f"None of the {len(skipped)} utterances of a batch can be used: {skipped[-1].reason}")
         lengths = np.array([len(row) for row in rows])
-        input_values = torch.zeros(len(rows), int(lengths.max()))
+        input_values = torch.zeros(len(rows), self._width(int(lengths.max())))
         for target, row in zip(input_values.numpy(), rows, strict=True):
             target[: len(row)] = row
         valid = torch.from_numpy(lengths)[:, None]
-        padded = lengths.min() < lengths.max()
+        padded = lengths.min() < input_values.shape[1]
         frames = frame_lengths(self.config, torch.from_numpy(lengths)).tolist()
-        width = max(frames) if self.frames else max(label.size for label in labels)
+        most = frame_lengths(self.config, input_values.shape[1]) if self.frames else max(label.size for label in labels)
         return LabelledBatch(
             input_values,
             torch.arange(input_values.shape[1]) < valid if padded else None,
-            _stack(labels, width),
+            _stack(labels, most),
             key,
             utterances,
             frames,
             int(lengths.sum()),
             skipped,
         )
+
+    def _width(self, samples: int) -> int:
+        """Samples of a batch whose longest row has this many: few different numbers of frames."""
+        frames = -(-frame_lengths(self.config, samples) // _FRAME_MULTIPLE) * _FRAME_MULTIPLE
+        return max(samples, (frames - 1) * self.config.inputs_to_logits_ratio + receptive_field(self.config))
 
     def _read(self, index: int) -> np.ndarray:
         source = self.part.source

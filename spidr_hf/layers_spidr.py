@@ -21,14 +21,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_spidr import SpidrConfig
 from .cpu_spidr import (
     SpidrDropout,
-    attention_drops_fast,
+    attends_by_products,
     convolution_taps,
-    dropout_attention,
     fast_product,
     fast_products,
     gelu_in_place,
     linear,
     onednn_takes,
+    product_attention,
     product_dtype,
     row_pieces,
     strided_convolution,
@@ -368,8 +368,8 @@ class SpidrAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         qkv = linear(self.qkv, hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
         dropout = self.dropout if self.training else 0.0
-        if self.config._attn_implementation == "sdpa" and not output_attentions and attention_drops_fast(qkv, dropout):
-            context = dropout_attention(qkv, attention_mask, self.scaling, dropout)
+        if self.config._attn_implementation == "sdpa" and not output_attentions and attends_by_products(qkv, dropout):
+            context = product_attention(qkv, attention_mask, self.scaling, dropout)
             return linear(self.proj, context.reshape(batch, length, -1)), None
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         attention: Callable = eager_attention_forward

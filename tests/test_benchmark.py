@@ -1,7 +1,9 @@
 """The benchmark compares what is equal, counts right, and tells what it measured."""
 
+import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,15 +53,26 @@ def test_numbers_are_printed_and_written(script, tmp_path, monkeypatch, capsys, 
 
 
 @pytest.mark.slow
-def test_memory_and_loader(script, tmp_path, monkeypatch):
+def test_processes_of_their_own(tmp_path):
+    """Memory, and with --targets every part."""
     out = tmp_path / "out.json"
-    options = ["--parts", "memory", "loader", "--peers", "--rounds", 1, "--dtype", "float32", "--json", out]
-    run(script, monkeypatch, *options)
+    options = ["--targets", "--size", "tiny", "--parts", "memory", "loader", "masks", "--peers", "--rounds", "1"]
+    command = [sys.executable, SCRIPT, "--device", "cpu", "--dtype", "float32", *options, "--json", out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["results"]
+    assert [row["part"] for row in rows][:4] == ["masks", "masks", "loader", "memory"]
     assert next(row for row in rows if row["part"] == "memory")["peak_mib"] > 5
     assert next(row for row in rows if row["part"] == "loader")["audio_seconds_per_second"] > 1
     fits = [row["samples_that_fit"] for row in rows if row["part"] == "training memory"]
     assert fits == sorted(fits) and fits[-1] == 3_800_000
+
+
+def test_every_part_and_dtype_is_a_job(script):
+    args = argparse.Namespace(parts=["training", "masks"], dtype=["float32", "bfloat16"], rounds=7)
+    found = [(job.parts, job.dtype, job.rounds) for job in script.jobs(args)]
+    both = ["float32", "bfloat16"]
+    assert found == [(["training"], ["float32"], 7), (["training"], ["bfloat16"], 7), (["masks"], both, 7)]
 
 
 @pytest.mark.parametrize(

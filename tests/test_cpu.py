@@ -11,12 +11,13 @@ from transformers.activations import ACT2FN
 from spidr_hf import cpu_spidr
 from spidr_hf.cpu_spidr import (
     SpidrDropout,
+    attends_by_products,
     convolution_taps,
     dropout,
-    dropout_attention,
     fast_products,
     gelu_in_place,
     linear,
+    product_attention,
     row_pieces,
     strided_convolution,
 )
@@ -237,14 +238,33 @@ def test_attention_with_dropout(monkeypatch, masked):
     expected = F.scaled_dot_product_attention(query, key, value, keep, scale=0.3).transpose(1, 2)
     (wanted,) = torch.autograd.grad(expected.square().sum(), qkv)
     monkeypatch.setattr(cpu_spidr, "dropout", lambda x, p: x)
-    got = dropout_attention(qkv, keep, 0.3, 0.1)
+    got = product_attention(qkv, keep, 0.3, 0.1)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got.square().sum(), qkv)[0], wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bfloat16_is_pytorch_s(masked):
+    qkv = torch.randn(2, 60, 3, 4, 8).bfloat16()
+    keep = (torch.arange(60) < torch.tensor([60, 31])[:, None])[:, None, None] if masked else None
+    exact = F.scaled_dot_product_attention(*qkv.float().permute(2, 0, 3, 1, 4), keep, scale=0.3).transpose(1, 2)
+    theirs = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), keep, scale=0.3).transpose(1, 2)
+    ours = product_attention(qkv, keep, 0.3, 0.0)
+    assert ours.dtype == torch.bfloat16
+    assert (ours - exact).norm() < 2 * (theirs - exact).norm() < 0.02 * exact.norm()
+
+
+def test_which_attention_is_taken():
+    taken = torch.zeros(1, 100, 3, 2, 8, dtype=torch.bfloat16)
+    assert attends_by_products(taken, 0.0) == cpu_spidr._onednn(torch.bfloat16)
+    assert attends_by_products(taken.float(), 0.1)
+    assert not attends_by_products(taken.float(), 0.0)
+    assert not attends_by_products(taken.repeat(1, 20, 1, 1, 1), 0.0)
+
+
 def test_attention_drops_weights():
     value = torch.ones(1, 50, 3, 1, 8)
-    out = dropout_attention(value, None, 1.0, 0.5)
+    out = product_attention(value, None, 1.0, 0.5)
     assert out.mean().item() == pytest.approx(1, abs=0.15)
     assert out.std() > 0.05
 

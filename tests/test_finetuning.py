@@ -279,6 +279,22 @@ def test_labels_of_frames_lie_on_their_frames(speech_of_tones):
                 assert (labels[frames:] == -100).all()
 
 
+def test_batches_have_few_numbers_of_frames(speech_of_tones):
+    """And what is beyond a row's audio is masked."""
+    source = open_data(speech_of_tones / "dev", progress=False)
+    phones = read_phones([speech_of_tones / "labels.jsonl"])
+    model = SpidrForAudioFrameClassification(tiny_config(**SMALL, num_labels=5))
+    task = FrameTask(model, SpidrFeatureExtractor(), ["SIL", *TONES], phones, {}, None)
+    part = Part("dev", source, np.arange(len(source.num_samples)), task.labels(source))
+    for first in range(len(part)):
+        chosen = part.indices[first : first + 2]
+        batch = task.batches(part)[BatchKey(0, 0, chosen, Position())]
+        frames = int(model._get_feat_extract_output_lengths(batch.input_values.shape[1]))
+        assert frames % 16 == 0 and frames - max(batch.frames) < 16 and batch.labels.shape[1] == frames
+        assert batch.attention_mask.sum(1).tolist() == source.num_samples[chosen].tolist()
+        assert not batch.input_values[~batch.attention_mask].any()
+
+
 def test_speaker_embeddings(finetune, tmp_path):
     options = ("--task", "speaker", "--train-extractor", "--steps", 60, "--eval-interval", 20, "--max-seconds", 0.3)
     done = finetune("classification", "run", *options, "--lr", 3e-3, "--head-lr", 1e-2)
