@@ -62,12 +62,20 @@ class Timing:
         return self.cpu if any(self.cpu) and torch.get_num_threads() == 1 else self.wall
 
 
-def interleave(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Timing]:
-    """Times of `runs`, taken in turns for `rounds` rounds after one to warm up."""
+def interleave(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, repeat: int = 1
+) -> dict[str, Timing]:
+    """Times of `runs`, taken in turns for `rounds` rounds after one to warm up.
+
+    In its turn each runs `repeat` times, of which the last counts: of what follows upon its like, as steps of training
+    do, not upon another program with its own places in memory.
+    """
     timings = {name: Timing() for name in runs}
     on_gpu = device.type == "cuda"
     for number in range(rounds + 1):
         for name, run in runs.items():
+            for _ in range(repeat - 1):
+                run()
             if on_gpu:
                 torch.cuda.synchronize(device)
             wall, cpu = time.perf_counter(), time.process_time()

@@ -210,8 +210,12 @@ def attends_by_products(qkv: Tensor, p: float) -> bool:
     """
     if p > 0:
         return _fast_dropout(qkv, p)
-    short = qkv.shape[1] <= _LONGEST_PRODUCT_ATTENTION
-    return short and qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu" and plain_mode() and _onednn(qkv.dtype)
+    return qkv.device.type == "cpu" and plain_mode() and products_attend_faster(qkv.dtype, qkv.shape[1])
+
+
+def products_attend_faster(dtype: torch.dtype, length: int) -> bool:
+    """The same without dropout, for sequences of `length` frames on this CPU."""
+    return dtype == torch.bfloat16 and length <= _LONGEST_PRODUCT_ATTENTION and _onednn(dtype)
 
 
 def product_attention(qkv: Tensor, keep: Tensor | None, scaling: float, p: float) -> Tensor:
@@ -228,13 +232,14 @@ def product_attention(qkv: Tensor, keep: Tensor | None, scaling: float, p: float
     """
     batch, length, _, heads, width = qkv.shape
     query, key, value = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, length, width).unbind(0)
-    scores = torch.bmm(query * scaling, key.transpose(1, 2))
-    if keep is not None:
-        scores = (
-            scores.view(batch, heads, length, length).masked_fill(~keep, torch.finfo(scores.dtype).min).flatten(0, 1)
-        )
-    weights = scores.softmax(-1).to(value.dtype)
-    context = torch.bmm(dropout(weights, p) if p > 0 else weights, value)
+    # Autocast would copy the scores to float32 for a softmax that computes in float32 as it is.
+    with torch.autocast("cpu", enabled=False):
+        scores = torch.bmm(query * scaling, key.transpose(1, 2))
+        if keep is not None:
+            by_head = scores.view(batch, heads, length, length)
+            scores = by_head.masked_fill(~keep, torch.finfo(scores.dtype).min).view_as(scores)
+        weights = scores.softmax(-1)
+        context = torch.bmm(dropout(weights, p) if p > 0 else weights, value)
     return context.view(batch, heads, length, width).transpose(1, 2)
 
 
@@ -250,6 +255,7 @@ __all__ = [
     "onednn_takes",
     "product_attention",
     "product_dtype",
+    "products_attend_faster",
     "row_pieces",
     "strided_convolution",
 ]

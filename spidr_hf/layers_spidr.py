@@ -5,7 +5,6 @@ laid end to end, which is faster than convolving and needs no transpose around t
 `tests/reference.py`.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -73,28 +72,23 @@ class _StridedConv1d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-        out_channels, channels, kernel = weight.shape
-        taps = weight.permute(2, 1, 0).reshape(kernel * channels, out_channels)
-        ctx.save_for_backward(x, taps)
+        taps = convolution_taps(weight, stride, x.dtype)
+        ctx.save_for_backward(x, *taps)
         ctx.stride, ctx.shape, ctx.has_bias = stride, weight.shape, bias is not None
         ctx.fast = x.dtype == torch.float32 and onednn_takes(x, weight, bias)
         if ctx.fast:
-            return strided_convolution(x, convolution_taps(weight, stride, x.dtype), bias, stride)
-        windows = x.view(-1, stride * channels)
-        out = None
-        for shift, first, last in _tap_groups(kernel, stride, channels):
-            group = taps[first:last]
-            if shift == 0:
-                inputs = windows[:, : last - first]
-                out = inputs @ group if bias is None else torch.addmm(bias, inputs, group)
-            elif shift < len(out):
-                out[:-shift].addmm_(windows[shift:, : last - first], group)
+            return strided_convolution(x, taps, bias, stride)
+        windows = x.view(-1, stride * x.shape[1])
+        out = F.linear(windows[:, : taps[0].shape[1]], taps[0], bias)
+        for shift, matrix in enumerate(taps[1:], start=1):
+            if shift < len(out):
+                out[:-shift].addmm_(windows[shift:, : matrix.shape[1]], matrix.t())
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, taps = ctx.saved_tensors
+        x, *taps = ctx.saved_tensors
         out_channels, channels, kernel = ctx.shape
         windows = x.view(-1, ctx.stride * channels)
         grad = grad.contiguous()
@@ -102,12 +96,12 @@ class _StridedConv1d(torch.autograd.Function):
         grad_windows = grad.new_zeros(windows.shape) if need_x and kernel < ctx.stride else None
         if need_x and grad_windows is None:
             grad_windows = torch.empty_like(windows)
-        grad_taps = torch.empty_like(taps) if need_weight else None
-        for shift, first, last in _tap_groups(kernel, ctx.stride, channels):
-            outputs = grad[: len(grad) - shift] if shift else grad
-            width = last - first
+        grad_weight = grad.new_empty(ctx.shape) if need_weight else None
+        for shift, matrix in enumerate(taps):
+            outputs = grad[: len(grad) - shift]
+            inputs, width = windows[shift:, : matrix.shape[1]], matrix.shape[1]
             if need_x and ctx.fast:
-                product = fast_product(outputs, taps[first:last])
+                product = fast_product(outputs, matrix.t())
                 if shift:
                     grad_windows[shift:, :width] += product
                 elif width == grad_windows.shape[1]:
@@ -115,20 +109,15 @@ class _StridedConv1d(torch.autograd.Function):
                 else:
                     grad_windows[:, :width] = product
             elif need_x and shift == 0:
-                torch.mm(outputs, taps[first:last].t(), out=grad_windows[:, :width])
+                torch.mm(outputs, matrix, out=grad_windows[:, :width])
             elif need_x:
-                grad_windows[shift:, :width].addmm_(outputs, taps[first:last].t())
+                grad_windows[shift:, :width].addmm_(outputs, matrix)
             if need_weight:
-                torch.mm(windows[shift:, :width].t(), outputs, out=grad_taps[first:last])
-        grad_weight = grad_taps.view(kernel, channels, out_channels).permute(2, 1, 0) if need_weight else None
+                product = (outputs.t() @ inputs).view(out_channels, -1, channels)
+                first = shift * ctx.stride
+                grad_weight[:, :, first : first + product.shape[1]] = product.transpose(1, 2)
         grad_bias = grad.sum(0) if ctx.has_bias else None
         return (grad_windows.view_as(x) if need_x else None), grad_weight, grad_bias, None
-
-
-def _tap_groups(kernel: int, stride: int, channels: int):
-    """(rows to shift by, first, last row of the taps matrix) of each matrix product."""
-    for shift in range(math.ceil(kernel / stride)):
-        yield shift, shift * stride * channels, min((shift + 1) * stride, kernel) * channels
 
 
 def conv1d_channels_last(
@@ -220,6 +209,10 @@ def _group_norm(x: Tensor, norm: nn.GroupNorm, length: int, lengths: Tensor | No
 
 def masked_var_mean(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over time of B x T x C, each B x 1 x C, over the first `lengths` frames of each row."""
+    if lengths is None and x.device.type == "cpu" and not x.requires_grad:
+        # var_mean takes one number after the other there.
+        mean = x.mean(1, keepdim=True)
+        return mean, (x - mean).square_().mean(1, keepdim=True)
     if lengths is None:
         var, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
         return mean, var
@@ -426,15 +419,20 @@ class SpidrEncoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
         representation_only: bool = False,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """B x T x H -> (output, representation, attention weights).
 
         The representation is the feed-forward output before dropout, residual and the last norm. With
-        `representation_only` nothing after it is computed and the output is None.
+        `representation_only` nothing after it is computed and the output is None; the representation is then N x H
+        where `rows` (N indices into B * T) are given.
         """
         inputs = self.layer_norm(hidden_states) if self.pre_norm else hidden_states
         context, weights = self.attention(inputs, attention_mask, output_attentions)
         hidden_states = hidden_states + self.dropout(context)
+        if representation_only and rows is not None:
+            # Not `[rows]`, whose gradient is sorted by row on a GPU: rows differ, so that adding needs no order.
+            hidden_states = hidden_states.flatten(0, 1).index_select(0, rows)
         if self.pre_norm:
             representation = self.feed_forward(self.final_layer_norm(hidden_states))
         else:
@@ -482,6 +480,7 @@ class SpidrEncoder(nn.Module):
         output_layers: bool = False,
         output_attentions: bool = False,
         representation_only: bool = False,
+        last_rows: Tensor | None = None,
     ) -> SpidrEncoderOutput:
         """
         Args:
@@ -490,6 +489,8 @@ class SpidrEncoder(nn.Module):
             first_representation: keep the representations of this layer (counted from 1) and the later ones.
             output_layers: keep every layer's output, after the residual.
             representation_only: compute nothing after the last layer's representation; `last_hidden_state` is None.
+            last_rows: with `representation_only`, the frames (N indices into B * T) of which that representation is
+                read; it is then N x H.
         """
         hidden_states = hidden_states + self.pos_conv_embed(hidden_states, frame_mask)
         if not self.config.do_stable_layer_norm:
@@ -501,7 +502,11 @@ class SpidrEncoder(nn.Module):
         num_layers = len(self.layers) if num_layers is None else num_layers
         for number, layer in enumerate(self.layers[:num_layers], start=1):
             output, representation, weights = layer(
-                hidden_states, attention_mask, output_attentions, representation_only and number == num_layers
+                hidden_states,
+                attention_mask,
+                output_attentions,
+                representation_only and number == num_layers,
+                last_rows,
             )
             if self.training and self.config.layerdrop > 0 and output is not None:
                 # The layer has run all the same: its representation reaches the objective, its parameters have

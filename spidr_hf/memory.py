@@ -17,6 +17,7 @@ from functools import cache
 import torch
 
 from .configuration_spidr import SpidrConfig
+from .cpu_spidr import products_attend_faster
 from .layers_spidr import frame_lengths
 from .modeling_spidr import SpidrForPretraining
 
@@ -161,8 +162,9 @@ def training_memory(
     mask = 0 if config.hidden_dropout == 0 else (1 if cuda else residual)
     positional += hidden * (residual + mask) + frames * stats
 
-    layer, layer_end = _layer(config, rows, length, e, residual, cuda)
-    last = layer - layer_end if config.objective == "spidr" else layer
+    layer, end, by_row = _layer(config, rows, length, e, residual, cuda)
+    # Of the last representation only the masked frames are computed, and nothing after it.
+    last = layer - end - (1 - masked_share) * by_row if config.objective == "spidr" else layer
     layers = (config.num_hidden_layers - 1) * layer + last
     codebooks, codewords = config.num_codebooks, config.codebook_size
     read = codebooks if config.objective == "spidr" else 1
@@ -234,24 +236,27 @@ def _extractor(
     return kept, workspace
 
 
-def _layer(config: SpidrConfig, rows: float, length: int, e: int, residual: int, cuda: bool) -> tuple[float, float]:
-    """Bytes that a transformer layer keeps; and those of them that follow its representation."""
+def _layer(
+    config: SpidrConfig, rows: float, length: int, e: int, residual: int, cuda: bool
+) -> tuple[float, float, float]:
+    """Bytes that a transformer layer keeps; those of them that follow its representation; and those that lead to it
+    from the end of the attention, frame by frame."""
     frames, heads = rows * length, config.num_attention_heads
     hidden = frames * config.hidden_size
     mask = 0 if config.hidden_dropout == 0 else (1 if cuda else e)
     attention = hidden * (e + 3 * e + e)  # input, query-key-value, output
-    if cuda or config.attention_dropout == 0:
-        attention += 4 * frames * heads  # one logsumexp per row
+    if not cuda and (config.attention_dropout > 0 or (e == 2 and products_attend_faster(torch.bfloat16, length))):
+        # Two products: scaled queries and weights; with dropout its factors, too, and the dropped weights.
+        attention += hidden * e + (3 if config.attention_dropout > 0 else 1) * rows * heads * length**2 * e
     else:
-        # The plain form: scaled queries, weights, dropout's factors, dropped weights.
-        attention += hidden * e + 3 * rows * heads * length**2 * e
+        attention += 4 * frames * heads  # one logsumexp per row
     feed_forward = hidden * e + 2 * frames * config.intermediate_size * e
     if config.activation_dropout > 0:
         feed_forward += frames * config.intermediate_size * (1 if cuda else e)
-    norms = 2 * (hidden * residual + 8 * frames)
-    layer = attention + feed_forward + norms + 2 * hidden * mask
+    norm = hidden * residual + 8 * frames
+    layer = attention + feed_forward + 2 * norm + 2 * hidden * mask
     end = hidden * mask + (0 if config.do_stable_layer_norm else hidden * residual + 8 * frames)
-    return layer, end
+    return layer, end, feed_forward + norm
 
 
 __all__ = ["MASKED_SHARE", "MemoryEstimate", "parameter_counts", "training_memory"]

@@ -75,8 +75,9 @@ class _CodebookPredictions:
         lengths: Tensor | None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        rows: Tensor | None = None,
     ) -> SpidrEncoderOutput:
-        """Student encoder, with what the heads read and nothing that no one reads."""
+        """Student encoder, with what the heads read at the frames `rows` and nothing that no one reads."""
         spidr_objective = self.config.objective == "spidr"
         return self.spidr.encoder(
             hidden_states,
@@ -85,15 +86,15 @@ class _CodebookPredictions:
             output_layers=output_hidden_states,
             output_attentions=output_attentions,
             representation_only=spidr_objective and not output_hidden_states,
+            last_rows=rows,
         )
 
     def _logits(self, output: SpidrEncoderOutput, rows: Tensor | None = None) -> Tensor:
         """Logits K x N x V, float32, of the frames `rows` (indices into B * T; all by default)."""
 
         def select(x: Tensor) -> Tensor:
-            x = x.reshape(-1, x.shape[-1])
-            # Not `x[rows]`, whose gradient is sorted by row on a GPU: rows differ, so that adding needs no order.
-            return x if rows is None else x.index_select(0, rows)
+            # The last layer's may be those rows already.
+            return x.reshape(-1, x.shape[-1]) if rows is None or x.dim() == 2 else x.flatten(0, 1).index_select(0, rows)
 
         if self.config.objective == "spidr":
             inputs = torch.stack([select(x) for x in output.representations])
@@ -220,7 +221,11 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         if mask is not None:
             student = self.spidr.mask_frames(student, mask)
         output = self._encode(
-            student, lengths, output_hidden_states=bool(output_hidden_states), output_attentions=bool(output_attentions)
+            student,
+            lengths,
+            output_hidden_states=bool(output_hidden_states),
+            output_attentions=bool(output_attentions),
+            rows=None if mask is None else rows,
         )
         logits = self._logits(output, rows)
         with torch.autocast(logits.device.type, enabled=False):

@@ -153,6 +153,9 @@ def test_runs_take_turns_and_the_first_round_does_not_count():
     timings = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, CPU)
     assert calls == ["a", "b"] * 4
     assert len(timings["a"].wall) == len(timings["b"].cpu) == 3
+    calls.clear()
+    timings = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, CPU, repeat=2)
+    assert calls == ["a", "a", "b", "b"] * 3 and len(timings["a"].wall) == 2
 
 
 def test_speedup_is_the_median_of_the_rounds():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from spidr_hf import SpidrConfig, SpidrForPretraining
+from spidr_hf import SpidrConfig, SpidrForPretraining, layers_spidr
 from spidr_hf.memory import MemoryEstimate, parameter_counts, training_memory
 
 SIZES = {
@@ -87,6 +87,7 @@ def test_the_precisions_of_cuda(monkeypatch, changes):
         "layer_norm",
         lambda x, shape, weight=None, bias=None, eps=1e-5: norm(x.float(), shape, weight, bias, eps),
     )
+    monkeypatch.setattr(layers_spidr, "attends_by_products", lambda qkv, p: False)
     config = SpidrConfig(**SIZES, **changes, hidden_dropout=0.0, attention_dropout=0.0)
     model = SpidrForPretraining(config).train()
     inputs = batch(model, ROWS, SAMPLES)
