@@ -8,7 +8,7 @@ from tiny import tiny_model
 from torch import nn
 from transformers.activations import ACT2FN
 
-from spidr_hf import cpu_spidr
+from spidr_hf import cpu_spidr, layers_spidr
 from spidr_hf.cpu_spidr import (
     SpidrDropout,
     attends_by_products,
@@ -21,7 +21,7 @@ from spidr_hf.cpu_spidr import (
     row_pieces,
     strided_convolution,
 )
-from spidr_hf.layers_spidr import conv1d_channels_last
+from spidr_hf.layers_spidr import conv1d_channels_last, masked_var_mean
 
 needs_onednn = pytest.mark.skipif(not cpu_spidr._onednn(), reason="this PyTorch or CPU has no oneDNN products")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -84,10 +84,12 @@ def test_bfloat16_gradients_are_pytorchs_own(forbidden):
     assert module.weight.grad is not None
 
 
-@needs_onednn
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (7, 3), (10, 5), (2, 4)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients_of_strided_convolutions(kernel, stride, bias):
+@pytest.mark.parametrize("onednn", [pytest.param(True, marks=needs_onednn), False])
+def test_gradients_of_strided_convolutions(monkeypatch, kernel, stride, bias, onednn):
+    if not onednn:
+        monkeypatch.setattr(layers_spidr, "onednn_takes", lambda *tensors: False)
     weight, x = torch.randn(6, 5, kernel, requires_grad=True), torch.randn(2, 8 * stride, 5, requires_grad=True)
     inputs = [x, weight, *([torch.randn(6, requires_grad=True)] if bias else [])]
     outputs = (8 * stride - kernel) // stride + 1
@@ -96,6 +98,13 @@ def test_gradients_of_strided_convolutions(kernel, stride, bias):
     got = conv1d_channels_last(x, weight, inputs[2] if bias else None, stride)[:, :outputs]
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(got.square().sum(), inputs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_statistics_over_time_without_gradients():
+    x = torch.randn(3, 700, 5) + 3
+    expected = torch.var_mean(x.double(), dim=1, correction=0, keepdim=True)[::-1]
+    for got in (masked_var_mean(x, None), masked_var_mean(x.clone().requires_grad_(), None)):
+        torch.testing.assert_close(torch.stack(got).double(), torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
 @needs_onednn

@@ -147,6 +147,25 @@ def test_output_does_not_depend_on_how_attention_is_computed(model):
     )
 
 
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_the_last_representation_of_some_frames(pre_norm):
+    """Those of the masked frames in training, and of no others."""
+    model = tiny_model(do_stable_layer_norm=pre_norm)
+    encoder = model.spidr.encoder
+    hidden, rows = torch.randn(2, 30, model.config.hidden_size), torch.tensor([3, 4, 29, 41])
+    options = {"first_representation": 3, "representation_only": True}
+    whole = encoder(hidden, **options).representations
+    some = encoder(hidden, **options, last_rows=rows).representations
+    assert torch.equal(some[0], whole[0])
+    torch.testing.assert_close(some[1], whole[1].flatten(0, 1)[rows])
+    computed = []
+    encoder.layers[-1].feed_forward.register_forward_hook(lambda module, inputs, output: computed.append(output))
+    audio = torch.randn(2, 8000)
+    mask = random_mask(2, int(model.spidr._get_feat_extract_output_lengths(8000)))
+    model(audio, mask_time_indices=mask)
+    assert computed[0].shape == (int(mask.sum()), model.config.hidden_size)
+
+
 @torch.no_grad()
 def test_stopping_early_gives_the_first_layers(model):
     batch = torch.stack(waveforms((6000,)))
