@@ -175,6 +175,13 @@ def _type_of(value: Any = None, *rest: Any) -> _Global:
     return _Global("builtins.NoneType")
 
 
+def _enum_member(kind: Any, name: Any = None, *rest: Any) -> StandIn:
+    # Python 3.11.0 to 3.11.3 store a member of an enumeration as a call of `getattr`, by its name.
+    if not isinstance(kind, _Global) or kind.name in _CALLABLES or not isinstance(name, str) or rest:
+        raise UnsafeCheckpointError("builtins.getattr")
+    return StandIn(kind.name, (name,))
+
+
 # The only functions that a file can have called, by the names it calls them with.
 _CALLABLES: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": lambda pairs=(): OrderedDict(pairs),
@@ -194,6 +201,7 @@ _CALLABLES: dict[str, Callable[..., Any]] = {
     "builtins.bytes": lambda data=b"": data if isinstance(data, bytes) else bytes(list(data)),
     "builtins.bytearray": lambda data=b"": data if isinstance(data, bytes) else bytes(list(data)),
     "builtins.type": _type_of,
+    "builtins.getattr": _enum_member,
     "operator.getitem": _subscript,
     "copyreg._reconstructor": _rebuild_object,
     "_codecs.encode": _encode,

@@ -60,6 +60,8 @@ SHORTER = {
     "finetune_ctc": "--steps 3",
     "finetune_classification": "--steps 3",
     "demo_app": "--port 0",
+    "benchmark": "--size tiny --parts masks codebooks --rounds 1 --peers",
+    "benchmark_data": "--rows 1000 --batches 100 --utterances 4 --workers 1",
     "benchmark_cuda": "--size tiny --batch 2 --seconds 0.5 --rounds 1 --device cpu",
 }
 # A config whose run would not end, and a model that fits it, are made small on the command line.
@@ -77,6 +79,7 @@ ELSEWHERE = {
     "examples/slurm/": "tests/test_slurm.py",
     "examples/s3prl/": "tests/test_s3prl.py",
     "examples/benchmark_cuda.py": "needs a GPU",
+    "pip install spidr": "one of the benchmark's peers, for Python 3.12",
     "examples/reference_run.py": "needs the spidr package",
     "--num_machines": "tests/test_two_machines.py",
 }

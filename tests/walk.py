@@ -23,6 +23,7 @@ COPIED = (
     "conversion",
     "examples",
     "model_cards",
+    "tests",
     "pyproject.toml",
     "constraints.txt",
     "Makefile",
@@ -33,7 +34,7 @@ STEPS = 3  # that a pretraining config of the copy runs for
 
 
 def copy_repository(folder: Path, *, shortened: bool = True) -> Path:
-    """The repository without its tests; `shortened`: its short pretraining configs run for `STEPS` logged steps."""
+    """The repository; `shortened`: its short pretraining configs run for `STEPS` logged steps."""
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
