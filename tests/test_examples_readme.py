@@ -29,28 +29,28 @@ def written(value: object) -> str:
 
 PAGE = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 SCRIPT = re.compile(r"\b(\w+)\.py\b")
-# By the script that is run (None: any), what a word in capitals stands for.
+# By the script that is run (None: any), what a word in capitals stands for: no folder that the page itself names.
 STANDS_FOR: dict[str | None, dict[str, str]] = {
     None: {
         "MODEL": "model",
         "DATA": "speech/manifest.csv",
         "ALIGNMENTS": "speech/alignments.jsonl",
         "AUDIO_DIR_OR_TAR": "examples/data/small.tar",
-        "FEATURES": "features",
+        "FEATURES": "my-features",
         "PAIRS_CSV": "pairs.csv",
-        "UNITS_JSONL": "units/6/units.jsonl",
+        "UNITS_JSONL": "my-units/6/units.jsonl",
         "RUN_DIR": "runs/mine",
         "DEV_DATA": "speech/manifest.csv",
         "DEV_ALIGNMENTS": "speech/alignments.jsonl",
         "LABELS": "speakers.csv",
         "DEV_LABELS": "speakers.csv",
     },
-    "extract_features": {"OUT_DIR": "features"},
-    "extract_units": {"OUT_DIR": "units"},
-    "plot_units": {"OUT_DIR": "units"},
-    "evaluate_units": {"OUT_DIR": "units"},
-    "train_unit_lm": {"OUT_DIR": "lm"},
-    "score_pairs": {"OUT_DIR": "lm"},
+    "extract_features": {"OUT_DIR": "my-features"},
+    "extract_units": {"OUT_DIR": "my-units"},
+    "plot_units": {"OUT_DIR": "my-units"},
+    "evaluate_units": {"OUT_DIR": "my-units"},
+    "train_unit_lm": {"OUT_DIR": "my-lm"},
+    "score_pairs": {"OUT_DIR": "my-lm"},
     "finetune_ctc": {"OUT_DIR": "ctc"},
     "finetune_classification": {"OUT_DIR": "classes"},
 }
@@ -128,7 +128,7 @@ def runnable(line: str) -> str | None:
         return words[match[0]]
 
     line = re.sub(r"(?<![\w./-])[A-Z][A-Z_]{3,}(?![\w.=])", stands_for, line)
-    line = re.sub(r"--minutes [\d.]+", "--minutes 0.5", line)
+    line = re.sub(r"--minutes [\d.]+", "--minutes 3", line)
     config = match[1] if (match := re.search(r"/configs/([\w-]+)\.toml", line)) else None
     return " ".join([line, *filter(None, (SHORTER.get(script), SHORTER_CONFIGS.get(config)))])
 
