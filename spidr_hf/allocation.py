@@ -19,7 +19,7 @@ def keep_freed_memory() -> bool:
     """Lets glibc keep freed blocks of up to 32 MiB for the next allocation; returns whether it does.
 
     Otherwise it hands large blocks back to the system, and every training step on a CPU has the gradients' and
-    activations' pages made and zeroed anew, which can take a fifth of its time. The process then does not shrink.
+    activations' pages made and zeroed anew. The process then does not shrink.
     Other C libraries are left as they are.
     """
     if not sys.platform.startswith("linux"):
@@ -35,7 +35,7 @@ def keep_freed_memory() -> bool:
 def keep_primitives() -> None:
     """Lets oneDNN keep more of the operations that it has compiled, if it has not compiled any yet.
 
-    Each is for one shape of its inputs, and an encoder has some forty. Batches of many lengths are more than the 1 024
+    Each is for one shape of its inputs. Batches of many lengths make more of them than the 1 024
     that oneDNN keeps by itself, and it then compiles in every step, which scatters the heap besides. A number that the
     environment already has stays.
     """
