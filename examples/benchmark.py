@@ -29,6 +29,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from bisect import bisect
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -41,7 +42,7 @@ import torch.nn.functional as F
 import transformers
 
 from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining
-from spidr_hf.allocation import prepare_training_process
+from spidr_hf.allocation import keep_freed_memory, prepare_training_process
 from spidr_hf.batching import BucketSampler
 from spidr_hf.benchmark_peers import PEERS, Peer, difference, installed_peers, make_peer, spidr_span_masks
 from spidr_hf.benchmarking import (
@@ -302,13 +303,17 @@ class Benchmark:
         self.add("loader", timings, count * seconds, batch=4, length=seconds)
 
     def lengths(self) -> None:
-        """Cost per second of audio of one recording."""
+        """Cost per second of audio of one recording; in each turn as much audio of every length as of the longest."""
         lengths = [float(n) for n in LENGTHS if n <= self.args.longest]
         spidr = self.model.spidr
         extractor = Extractor(spidr, SpidrFeatureExtractor(), feature_outputs(spidr, [self.config.num_hidden_layers]))
         recordings = {n: self.audio(1, n)[0].cpu().numpy() for n in lengths}
-        runs = {str(n): lambda x=x: extractor([x]) for n, x in recordings.items()}
-        timings = interleave(runs, self.args.rounds, self.device)
+        times = {str(n): int(lengths[-1] // n) for n in lengths}
+        runs = {str(n): lambda n=n, x=x: [extractor([x]) for _ in range(times[str(n)])] for n, x in recordings.items()}
+        timings = {
+            name: Timing([t / times[name] for t in timing.wall], [t / times[name] for t in timing.cpu])
+            for name, timing in interleave(runs, self.args.rounds, self.device).items()
+        }
         if self.args.hour:
             x = np.random.default_rng(0).standard_normal(3600 * RATE, dtype=np.float32)
             timings["3600.0"] = once(lambda: extractor([x]), self.device)
@@ -329,7 +334,7 @@ class Benchmark:
                 print(line(self.rows[-1]), flush=True)
         need = training_memory(SpidrConfig()).total
         for card in (24, 40, 80):
-            fits = next((n for n in range(3_800_000, 0, -100_000) if _needed(n) <= card * 2**30), 0)
+            fits = 100_000 * bisect(range(100_000, 100_000_000, 100_000), card * 2**30, key=_needed)
             side = f"{card} GB, spidr-base, bfloat16"
             self.rows.append({"part": "training memory", "side": side, "samples_that_fit": fits})
             print(f"training memory: {need / 2**30:.1f} GiB for 3.8 M samples (counted); {card} GB: {fits / 1e6:.1f} M")
@@ -535,6 +540,8 @@ def measure(args: argparse.Namespace, announce: bool = True) -> dict:
         torch.set_num_threads(args.threads)
     if "training" in args.parts:
         prepare_training_process()  # as the pretraining command does; both sides gain
+    if "lengths" in args.parts:
+        keep_freed_memory()  # as the extraction commands do
     benchmark = Benchmark(args)
     if announce:
         for name, value in benchmark.differences.items():

@@ -25,6 +25,7 @@ neighbour are discarded; it is standardised whole.
 import argparse
 
 from spidr_hf import SpidrForAudioTokenization, SpidrModel
+from spidr_hf.allocation import keep_freed_memory
 from spidr_hf.commands import (
     add_extraction_arguments,
     clear_errors,
@@ -48,6 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     with clear_errors():
         layout = layout_of(args)
+        keep_freed_memory()
         start_processes()
         model, feature_extractor = load_model(
             SpidrForAudioTokenization if args.predictions else SpidrModel,

@@ -28,6 +28,7 @@ import argparse
 from pathlib import Path
 
 from spidr_hf import SpidrForAudioTokenization, SpidrForPretraining, SpidrModel
+from spidr_hf.allocation import keep_freed_memory
 from spidr_hf.commands import (
     FILE_KEYS,
     add_extraction_arguments,
@@ -56,6 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     with clear_errors():
         layout = layout_of(args)
+        keep_freed_memory()
         start_processes()
         kmeans = load_kmeans(args.kmeans) if args.kmeans else None
         model_class = SpidrForPretraining if args.teacher else SpidrForAudioTokenization

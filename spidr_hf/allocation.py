@@ -1,4 +1,4 @@
-"""What a training process has once and needs again a moment later: memory, and products made ready."""
+"""What a process has once and needs again a moment later: memory, and products made ready."""
 
 import ctypes
 import os
@@ -18,8 +18,8 @@ def prepare_training_process() -> None:
 def keep_freed_memory() -> bool:
     """Lets glibc keep freed blocks of up to 32 MiB for the next allocation; returns whether it does.
 
-    Otherwise it hands large blocks back to the system, and every training step on a CPU has the gradients' and
-    activations' pages made and zeroed anew. The process then does not shrink.
+    Otherwise it hands large blocks back to the system, and every batch on a CPU has the pages of its activations and
+    gradients made and zeroed anew. The process then does not shrink.
     Other C libraries are left as they are.
     """
     if not sys.platform.startswith("linux"):

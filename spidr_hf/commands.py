@@ -93,7 +93,7 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
         "--window-seconds",
         type=float,
         default=WINDOW_SECONDS,
-        help="longer recordings are computed in overlapping windows of this length (default: %(default)g)",
+        help="longer recordings are computed in windows of about this length that overlap (default: %(default)g)",
     )
     group.add_argument(
         "--context-seconds",

@@ -218,6 +218,14 @@ def products_attend_faster(dtype: torch.dtype, length: int) -> bool:
     return dtype == torch.bfloat16 and length <= _LONGEST_PRODUCT_ATTENTION and _onednn(dtype)
 
 
+def reads_faster_in_one_piece(qkv: Tensor) -> bool:
+    """Whether PyTorch's fused attention gains by a copy of keys and values with each head's frames side by side.
+
+    It reads them once for every block of queries; in `qkv` (B x T x 3 x heads x D) each frame lies on another page.
+    """
+    return qkv.device.type == "cpu" and qkv.dtype == torch.float32 and plain_mode() and not _wants_gradient(qkv)
+
+
 def product_attention(qkv: Tensor, keep: Tensor | None, scaling: float, p: float) -> Tensor:
     """
     Attention as two batched products, in the dtype of its input; dropout on its weights.
@@ -256,6 +264,7 @@ __all__ = [
     "product_attention",
     "product_dtype",
     "products_attend_faster",
+    "reads_faster_in_one_piece",
     "row_pieces",
     "strided_convolution",
 ]

@@ -6,7 +6,8 @@ Long recordings are cut into windows. A recording that fits into one window (60 
 longer one is standardised whole and then computed in overlapping windows, of which the outer part (2 s of context on
 either side that has a neighbour) is discarded. Convolutions reach less than 1.5 s, so for them there is no seam;
 attention sees a window of 60 s, and of it at least 2 s on either side, instead of the whole recording (models are
-pretrained on at most 20 s). So 60 s are computed for every 56 s of a long recording, however long
+pretrained on at most 20 s). Windows are up to a twentieth longer where one less then does: a recording of 62 s is
+computed whole, too. So 60 s are computed for every 56 s of a long recording, however long
 it is. A group-norm extractor takes its statistics per window.
 """
 
@@ -154,13 +155,20 @@ class Window(NamedTuple):
 
 
 def plan_windows(frames: int, window: int, context: int) -> list[Window]:
-    """Windows over `frames` frames: each of at most `window` frames, of which at least `context` frames beside every
-    neighbour are discarded. Frames that are kept follow one another without gap or overlap."""
+    """Windows over `frames` frames, of which at least `context` frames beside every neighbour are discarded.
+
+    Each has `window` frames, or up to a twentieth more where that saves one. Frames that are kept follow one another
+    without gap or overlap.
+    """
+    overlap = 2 * context
+    if window <= overlap:
+        raise ValueError(f"A window of {window} frames has no room for {context} frames of context on both sides.")
+    number = -(-(frames - overlap) // (window - overlap))
+    if number > 1:
+        longer = -(-(frames - overlap) // (number - 1)) + overlap
+        window = longer if longer <= window + window // 20 else window
     if frames <= window:
         return [Window(0, frames, slice(0, frames))]
-    step = window - 2 * context
-    if step < 1:
-        raise ValueError(f"A window of {window} frames has no room for {context} frames of context on both sides.")
     windows, start = [], 0
     while start < frames:
         # The last window is as long as the others, so its context is longer. Sides without a neighbour are kept.
@@ -180,7 +188,7 @@ class Extractor:
         feature_extractor: Standardises whole recordings.
         outputs: What to compute: `feature_outputs`, `prediction_outputs`, `unit_outputs`, `teacher_outputs` or
             `cluster_outputs`.
-        window: Longest stretch computed at once, in seconds.
+        window: What is computed at once, in seconds; up to a twentieth more where that saves a window.
         context: What is discarded beside every neighbouring window, in seconds.
         max_batch_seconds: Audio in one batch, padding included (by default 60, on a GPU 600). A window that is
             longer is a batch alone.

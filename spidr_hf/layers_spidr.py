@@ -29,6 +29,7 @@ from .cpu_spidr import (
     onednn_takes,
     product_attention,
     product_dtype,
+    reads_faster_in_one_piece,
     row_pieces,
     strided_convolution,
 )
@@ -365,6 +366,8 @@ class SpidrAttention(nn.Module):
             context = product_attention(qkv, attention_mask, self.scaling, dropout)
             return linear(self.proj, context.reshape(batch, length, -1)), None
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if reads_faster_in_one_piece(qkv):
+            key, value = qkv[:, :, 1:].permute(2, 0, 3, 1, 4).contiguous().unbind(0)
         attention: Callable = eager_attention_forward
         if not output_attentions:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

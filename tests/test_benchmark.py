@@ -65,7 +65,7 @@ def test_processes_of_their_own(tmp_path):
     assert next(row for row in rows if row["part"] == "memory")["peak_mib"] > 5
     assert next(row for row in rows if row["part"] == "loader")["audio_seconds_per_second"] > 1
     fits = [row["samples_that_fit"] for row in rows if row["part"] == "training memory"]
-    assert fits == sorted(fits) and fits[-1] == 3_800_000
+    assert fits == sorted(fits) and 3_800_000 < fits[0] < fits[-1]
 
 
 def test_every_part_and_dtype_is_a_job(script):

@@ -271,6 +271,26 @@ def test_which_attention_is_taken():
     assert not attends_by_products(taken.repeat(1, 20, 1, 1, 1), 0.0)
 
 
+@torch.no_grad()
+def test_keys_and_values_in_one_piece(monkeypatch):
+    attention = tiny_model().base_model.encoder.layers[0].attention
+    hidden_states = torch.randn(2, 40, attention.qkv.in_features)
+    keep = (torch.arange(40) < torch.tensor([40, 23])[:, None])[:, None, None]
+    seen = []
+
+    def recorded(module, query, key, value, *args, **kwargs):
+        seen.append(key.is_contiguous() and value.is_contiguous())
+        return sdpa(module, query, key, value, *args, **kwargs)
+
+    sdpa = layers_spidr.ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
+    monkeypatch.setattr(layers_spidr.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *_: recorded)
+    got, _ = attention(hidden_states, keep)
+    with torch.enable_grad():
+        wanted, _ = attention(hidden_states, keep)
+    assert seen == [True, False]
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
+
+
 def test_attention_drops_weights():
     value = torch.ones(1, 50, 3, 1, 8)
     out = product_attention(value, None, 1.0, 0.5)

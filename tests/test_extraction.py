@@ -41,11 +41,23 @@ def test_windows_keep_every_frame_once_with_its_context(frames, window, context)
     windows = plan_windows(frames, window, context)
     kept = np.concatenate([np.arange(w.first, w.last)[w.keep] for w in windows])
     np.testing.assert_array_equal(kept, np.arange(frames))
+    assert len({w.last - w.first for w in windows}) == 1
+    length = windows[0].last
+    assert length == frames if len(windows) == 1 else window <= length <= window + window // 20
     for w in windows:
-        assert w.last - w.first == min(frames, window)
         first, last = np.arange(w.first, w.last)[w.keep][[0, -1]]
         assert w.first == 0 or first - w.first >= context
         assert w.last == frames or w.last - 1 - last >= context
+
+
+def test_longer_windows_where_that_saves_one():
+    def lengths(seconds):
+        return [w.last - w.first for w in plan_windows(50 * seconds, 3000, 100)]
+
+    assert lengths(60) == [3000]
+    assert lengths(63) == [3150]
+    assert lengths(64) == [3000] * 2
+    assert lengths(3600) == [3010] * 64
 
 
 def test_a_window_without_room_is_refused():
