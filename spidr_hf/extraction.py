@@ -256,19 +256,19 @@ class Extractor:
             for i, waveform in enumerate(waveforms)
             for window in plan_windows(self.frames(len(waveform)), self.window, self.context)
         ]
-        results: list[dict[int, list[Tensor]]] = [{} for _ in waveforms]
-        parts: dict[int, dict[int, Tensor]] = {}
+        results: list[dict[int, Tensor]] = [{} for _ in waveforms]
         stretches = [self._samples(len(waveforms[i]), window) for i, window in pieces]
         lengths = [stretch.stop - stretch.start for stretch in stretches]
         for batch in batches_by_length(lengths, self.max_batch_samples):
             rows = [waveforms[pieces[p][0]][stretches[p]] for p in batch]
             for p, outputs in zip(batch, self._run(rows), strict=True):
-                # A copy, so that what is discarded is freed.
-                parts[p] = {layer: x[pieces[p][1].keep].clone() for layer, x in outputs.items()}
-        for p, (i, _) in enumerate(pieces):
-            for layer, x in parts.pop(p).items():
-                results[i].setdefault(layer, []).append(x)
-        return [{layer: xs[0] if len(xs) == 1 else torch.cat(xs) for layer, xs in result.items()} for result in results]
+                i, (first, _, keep) = pieces[p]
+                for layer, x in outputs.items():
+                    # Into its place at once: an hour of features would be there twice while pieces are put together.
+                    if layer not in results[i]:
+                        results[i][layer] = x.new_empty(self.frames(len(waveforms[i])), *x.shape[1:])
+                    results[i][layer][first + keep.start : first + keep.stop] = x[keep]
+        return results
 
     def _samples(self, num_samples: int, window: Window) -> slice:
         """The samples that a window's frames see; the last window takes what is left over at the end."""
