@@ -19,12 +19,12 @@ from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    __package__ = "conversion"  # what relative imports start from (PEP 366)
+    __package__ = "spidr_hf.conversion"  # what relative imports start from (PEP 366)
 
 import huggingface_hub
 from transformers.utils import logging
 
-from spidr_hf.model_card import converted_card
+from spidr_hf.hub.card import converted_card
 
 from .checkpoints import read_config, read_pretraining_checkpoint
 from .errors import ConversionError

@@ -16,7 +16,7 @@ from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    __package__ = "conversion"  # what relative imports start from (PEP 366)
+    __package__ = "spidr_hf.conversion"  # what relative imports start from (PEP 366)
 
 import torch
 

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from spidr_hf.model_card import CARDS
+from spidr_hf.hub.card import CARDS
 
 from .checkpoints import read_config
 from .errors import ConversionError

@@ -35,6 +35,10 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
+
 import numpy as np
 import soundfile
 import torch
@@ -42,10 +46,20 @@ import torch.nn.functional as F
 import transformers
 
 from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining
-from spidr_hf.allocation import keep_freed_memory, prepare_training_process
-from spidr_hf.batching import BucketSampler
-from spidr_hf.benchmark_peers import PEERS, Peer, difference, installed_peers, make_peer, spidr_span_masks
-from spidr_hf.benchmarking import (
+from spidr_hf.codebooks_spidr import StatisticsBuffer
+from spidr_hf.data.batches import PretrainingBatches
+from spidr_hf.data.batching import BucketSampler
+from spidr_hf.data.manifests import open_manifest
+from spidr_hf.data.masking import SpanMask, masked_frames
+from spidr_hf.pretraining.config import DataSection, MaskingSection
+from spidr_hf.pretraining.memory import training_memory
+from spidr_hf.system.allocation import keep_freed_memory, prepare_training_process
+from spidr_hf.system.files import replaced_file, write_text
+from spidr_hf.units.arguments import clear_errors
+from spidr_hf.units.extractor import Extractor, feature_outputs
+
+from .benchmarks.peers import PEERS, Peer, difference, installed_peers, make_peer, spidr_span_masks
+from .benchmarks.timing import (
     Timing,
     describe_machine,
     inference_flops,
@@ -55,15 +69,6 @@ from spidr_hf.benchmarking import (
     speedup,
     training_flops,
 )
-from spidr_hf.codebooks_spidr import StatisticsBuffer
-from spidr_hf.commands import clear_errors
-from spidr_hf.data import PretrainingBatches
-from spidr_hf.extraction import Extractor, feature_outputs
-from spidr_hf.files import replaced_file, write_text
-from spidr_hf.manifests import open_manifest
-from spidr_hf.masking import SpanMask, masked_frames
-from spidr_hf.memory import training_memory
-from spidr_hf.run_config import DataSection, MaskingSection
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16_000

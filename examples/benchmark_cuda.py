@@ -31,12 +31,25 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-if not __package__:  # run as a command: `conversion` lies beside this folder
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from spidr_hf import SpidrConfig, SpidrForPretraining
-from spidr_hf.benchmark_peers import difference, installed_peers, make_peer
-from spidr_hf.benchmark_steps import (
+from spidr_hf.codebooks_spidr import StatisticsBuffer
+from spidr_hf.kernels_spidr import (
+    grouped_conv1d,
+    kernels_run,
+    norm_gelu,
+    plain_grouped_conv1d,
+    plain_norm_gelu,
+    use_kernels,
+)
+from spidr_hf.system.files import write_text
+from spidr_hf.units.arguments import clear_errors
+
+from .benchmarks.peers import difference, installed_peers, make_peer
+from .benchmarks.steps import (
     DEFAULT,
     MASKED,
     Form,
@@ -47,18 +60,7 @@ from spidr_hf.benchmark_steps import (
     noise_batches,
     state_bytes,
 )
-from spidr_hf.benchmarking import Timing, describe_machine, interleave, peak_flops, peak_memory, speedup, training_flops
-from spidr_hf.codebooks_spidr import StatisticsBuffer
-from spidr_hf.commands import clear_errors
-from spidr_hf.files import write_text
-from spidr_hf.kernels_spidr import (
-    grouped_conv1d,
-    kernels_run,
-    norm_gelu,
-    plain_grouped_conv1d,
-    plain_norm_gelu,
-    use_kernels,
-)
+from .benchmarks.timing import Timing, describe_machine, interleave, peak_flops, peak_memory, speedup, training_flops
 
 PARTS = ("step", "modules", "kernels", "profile", "compile")
 TINY = {
@@ -126,8 +128,7 @@ class StepBenchmark:
             steps[str(form)] = OurStep(self.new_model(), self.batches, form)
         if "spidr" in installed_peers() and not self.args.frozen:
             from spidr.environment import setup_pytorch
-
-            from conversion.spidr_format import to_spidr
+            from spidr_hf.conversion.spidr_format import to_spidr
 
             setup_pytorch(use_deterministic=False)  # for all that is timed from here on
             for compiled in (False, True) if self.compiles else (False,):

@@ -17,12 +17,16 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-if not __package__:  # run as a command: `tests` lies beside this folder
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 import numpy as np
 
-from spidr_hf.data_measurements import (
+from spidr_hf.data.manifests import scan_tar
+from tests.reference_masking import reference_span_mask, reference_thin
+
+from .benchmarks.data_costs import (
     decoding_speed,
     draw_mask,
     manifest_cost,
@@ -30,8 +34,6 @@ from spidr_hf.data_measurements import (
     simulated_run,
     write_made_manifest,
 )
-from spidr_hf.manifests import scan_tar
-from tests.reference_masking import reference_span_mask, reference_thin
 
 SPEECH = Path(__file__).resolve().parent / "data" / "small.tar"
 NEEDED = 4_000  # audio seconds per second that a GPU takes, at 60 ms an update of the recipe's batches

@@ -18,21 +18,23 @@ import json
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a command: `conversion` lies beside this folder
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 import torch
 from safetensors.torch import load_file
+from spidr_hf.conversion.checkpoints import read_pretraining_checkpoint
+from spidr_hf.conversion.errors import ConversionError
+from spidr_hf.conversion.spidr_format import from_spidr
 
-from conversion.checkpoints import read_pretraining_checkpoint
-from conversion.errors import ConversionError
-from conversion.spidr_format import from_spidr
 from spidr_hf import SpidrForPretraining
-from spidr_hf.benchmarking import describe_machine
-from spidr_hf.commands import clear_errors
-from spidr_hf.files import write_text
 from spidr_hf.kernels_spidr import kernels_run, use_kernels
-from spidr_hf.parity import (
+from spidr_hf.pretraining.setup import compile_layers
+from spidr_hf.system.files import write_text
+from spidr_hf.units.arguments import clear_errors
+
+from .benchmarks.parity import (
     Difference,
     compare_fairseq,
     compare_outputs,
@@ -41,7 +43,7 @@ from spidr_hf.parity import (
     precision,
     whole_float32,
 )
-from spidr_hf.pretraining import compile_layers
+from .benchmarks.timing import describe_machine
 
 RECORDINGS = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "parity"
 # Layers compiled, own kernels.

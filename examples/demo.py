@@ -20,14 +20,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
+
 import numpy as np
 
 from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining
-from spidr_hf.evaluation import count_pairs, pnmi, read_alignments
-from spidr_hf.manifests import Manifest, read_manifest
-from spidr_hf.plots import run_figure, unit_colours
-from spidr_hf.pretraining import initial_model
-from spidr_hf.units import describe_model, predict_units, write_units
+from spidr_hf.data.manifests import Manifest, read_manifest
+from spidr_hf.evaluation.phones import count_pairs, pnmi, read_alignments
+from spidr_hf.plots.figures import run_figure, unit_colours
+from spidr_hf.pretraining.setup import initial_model
+from spidr_hf.units.unit_files import describe_model, predict_units, write_units
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "examples" / "data"

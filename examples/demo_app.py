@@ -17,11 +17,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
+
 from spidr_hf import SpidrForAudioTokenization
-from spidr_hf.audio import SAMPLING_RATE, AudioError
-from spidr_hf.commands import clear_errors, device_of, load_model
-from spidr_hf.extraction import unit_layers
-from spidr_hf.units import describe_model
+from spidr_hf.data.audio import SAMPLING_RATE, AudioError
+from spidr_hf.units.arguments import clear_errors, device_of, load_model
+from spidr_hf.units.extractor import unit_layers
+from spidr_hf.units.unit_files import describe_model
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "runs" / "demo" / "final"
 LABELS = ("A", "B")
@@ -59,7 +63,7 @@ def launch(models: dict[str, Any], port: int | None, share: bool) -> None:
         import gradio
     except ModuleNotFoundError:
         sys.exit("error: The page needs Gradio, which the extra demo brings: pip install 'spidr_hf[demo]'.")
-    from spidr_hf.unit_html import STYLE
+    from .demo_page.unit_html import STYLE
 
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
     page(models).launch(
@@ -78,8 +82,8 @@ def page(models: dict[str, Any]) -> Any:
     """The page's parts and what they do. `models`: model and feature extractor by name."""
     import gradio as gr
 
-    from spidr_hf.recordings import analyse_recording, cut_unit, default_layer, unit_stretches, units_report
-    from spidr_hf.unit_html import SCRIPT, comparison_html, download_html, problem_html, timeline_html
+    from .demo_page.recordings import analyse_recording, cut_unit, default_layer, unit_stretches, units_report
+    from .demo_page.unit_html import SCRIPT, comparison_html, download_html, problem_html, timeline_html
 
     descriptions = {name: {**describe_model(model), "model": name} for name, (model, _) in models.items()}
 

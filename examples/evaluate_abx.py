@@ -17,12 +17,17 @@ both limits they agree.
 import argparse
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
-from spidr_hf.abx import FREQUENCY, abx, read_items
-from spidr_hf.commands import clear_errors, device_of
-from spidr_hf.files import write_text
-from spidr_hf.kmeans import FeatureFiles
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
+
+from spidr_hf.evaluation.abx import FREQUENCY, abx, read_items
+from spidr_hf.system.files import write_text
+from spidr_hf.units.arguments import clear_errors, device_of
+from spidr_hf.units.kmeans import FeatureFiles
 
 
 def main() -> None:
@@ -73,7 +78,7 @@ def main() -> None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_text(args.json, json.dumps(result, indent=2) + "\n")
         if args.plot:
-            from spidr_hf.plots import layer_figure, save_figure
+            from spidr_hf.plots.figures import layer_figure, save_figure
 
             if single:
                 raise ValueError("--plot draws curves over layers: give the folder above the layers' folders.")

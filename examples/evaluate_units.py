@@ -22,12 +22,17 @@ pnmi_without_silence; and without phones codebook_perplexity, active_units and b
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from spidr_hf.commands import clear_errors, known_units, unit_files
-from spidr_hf.evaluation import SILENCES, agreement, all_scores, count_pairs, match_names, read_alignments
-from spidr_hf.files import write_text
-from spidr_hf.units import read_units
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
+
+from spidr_hf.evaluation.phones import SILENCES, agreement, all_scores, count_pairs, match_names, read_alignments
+from spidr_hf.system.files import write_text
+from spidr_hf.units.arguments import clear_errors, known_units, unit_files
+from spidr_hf.units.unit_files import read_units
 
 
 def main() -> None:
@@ -72,7 +77,7 @@ def main() -> None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_text(args.json, json.dumps(result, indent=2) + "\n")
         if args.plot:
-            from spidr_hf.plots import layer_figure, matrix_figure, save_figure
+            from spidr_hf.plots.figures import layer_figure, matrix_figure, save_figure
 
             figure = matrix_figure(counts, names) if single else layer_figure(scores)
             save_figure(figure, args.plot)

@@ -23,10 +23,16 @@ neighbour are discarded; it is standardised whole.
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from spidr_hf import SpidrForAudioTokenization, SpidrModel
-from spidr_hf.allocation import keep_freed_memory
-from spidr_hf.commands import (
+from spidr_hf.system.allocation import keep_freed_memory
+from spidr_hf.units.arguments import (
     add_extraction_arguments,
     clear_errors,
     device_of,
@@ -35,8 +41,8 @@ from spidr_hf.commands import (
     load_model,
     start_processes,
 )
-from spidr_hf.extraction import check_layers, feature_outputs, prediction_outputs, unit_layers
-from spidr_hf.extraction_stores import FeatureStore
+from spidr_hf.units.extractor import check_layers, feature_outputs, prediction_outputs, unit_layers
+from spidr_hf.units.stores import FeatureStore
 
 
 def main() -> None:

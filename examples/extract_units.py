@@ -25,11 +25,16 @@ neighbour are discarded; it is standardised whole.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
+
 from spidr_hf import SpidrForAudioTokenization, SpidrForPretraining, SpidrModel
-from spidr_hf.allocation import keep_freed_memory
-from spidr_hf.commands import (
+from spidr_hf.system.allocation import keep_freed_memory
+from spidr_hf.units.arguments import (
     FILE_KEYS,
     add_extraction_arguments,
     clear_errors,
@@ -40,9 +45,9 @@ from spidr_hf.commands import (
     load_model,
     start_processes,
 )
-from spidr_hf.extraction import cluster_outputs, teacher_outputs, unit_layers, unit_outputs
-from spidr_hf.extraction_stores import UnitStore
-from spidr_hf.kmeans import load_kmeans
+from spidr_hf.units.extractor import cluster_outputs, teacher_outputs, unit_layers, unit_outputs
+from spidr_hf.units.kmeans import load_kmeans
+from spidr_hf.units.stores import UnitStore
 
 
 def main() -> None:

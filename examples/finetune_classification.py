@@ -28,20 +28,21 @@ ACCELERATE_USE_CPU=true before it).
 
 import argparse
 import os
+import sys
+from pathlib import Path
+from typing import Any
 
-if not __package__:
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
     # On CPUs, threads that spin while they wait stall each other. It counts only before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from typing import Any
-
 from spidr_hf import SpidrForAudioFrameClassification, SpidrForSequenceClassification, SpidrForXVector
-from spidr_hf.allocation import prepare_training_process
-from spidr_hf.audio import SAMPLING_RATE
-from spidr_hf.classification import FrameTask, SpeakerTask, UtteranceTask, label_fields, layer_weights
-from spidr_hf.commands import clear_errors, start_processes
-from spidr_hf.finetuning import finetune
-from spidr_hf.finetuning_commands import (
+from spidr_hf.data.audio import SAMPLING_RATE
+from spidr_hf.data.labels import Labels, read_phones
+from spidr_hf.data.manifests import AudioSource
+from spidr_hf.finetuning.arguments import (
     add_finetuning_arguments,
     config_changes,
     describe_run,
@@ -50,11 +51,13 @@ from spidr_hf.finetuning_commands import (
     open_parts,
     settings_of,
 )
-from spidr_hf.finetuning_data import Part
-from spidr_hf.finetuning_report import describe_scores
-from spidr_hf.labels import Labels, read_phones
-from spidr_hf.manifests import AudioSource
-from spidr_hf.run_state import die_with_launcher
+from spidr_hf.finetuning.batches import Part
+from spidr_hf.finetuning.classification import FrameTask, SpeakerTask, UtteranceTask, label_fields, layer_weights
+from spidr_hf.finetuning.loop import finetune
+from spidr_hf.finetuning.reporter import describe_scores
+from spidr_hf.system.allocation import prepare_training_process
+from spidr_hf.training.run_state import die_with_launcher
+from spidr_hf.units.arguments import clear_errors, start_processes
 
 TASKS = {
     "utterance": (UtteranceTask, SpidrForSequenceClassification),

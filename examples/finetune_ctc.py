@@ -24,19 +24,33 @@ ACCELERATE_USE_CPU=true before it).
 
 import argparse
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
-if not __package__:
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
     # On CPUs, threads that spin while they wait stall each other. It counts only before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from transformers import Wav2Vec2Processor
 
 from spidr_hf import SpidrForCTC
-from spidr_hf.allocation import prepare_training_process
-from spidr_hf.audio import SAMPLING_RATE
-from spidr_hf.commands import clear_errors, start_processes
-from spidr_hf.ctc import (
+from spidr_hf.data.audio import SAMPLING_RATE
+from spidr_hf.data.labels import Labels, read_phones, without_silence
+from spidr_hf.data.manifests import AudioSource
+from spidr_hf.finetuning.arguments import (
+    add_finetuning_arguments,
+    config_changes,
+    describe_run,
+    draw,
+    load_for_finetuning,
+    open_parts,
+    settings_of,
+)
+from spidr_hf.finetuning.batches import Part
+from spidr_hf.finetuning.ctc import (
     UNITS,
     CTCTask,
     NgramDecoder,
@@ -46,22 +60,12 @@ from spidr_hf.ctc import (
     normalize_text,
     usable,
 )
-from spidr_hf.finetuning import finetune
-from spidr_hf.finetuning_commands import (
-    add_finetuning_arguments,
-    config_changes,
-    describe_run,
-    draw,
-    load_for_finetuning,
-    open_parts,
-    settings_of,
-)
-from spidr_hf.finetuning_data import Part
-from spidr_hf.finetuning_report import describe_scores, say
-from spidr_hf.finetuning_task import evaluate
-from spidr_hf.labels import Labels, read_phones, without_silence
-from spidr_hf.manifests import AudioSource
-from spidr_hf.run_state import die_with_launcher
+from spidr_hf.finetuning.loop import finetune
+from spidr_hf.finetuning.reporter import describe_scores, say
+from spidr_hf.finetuning.task import evaluate
+from spidr_hf.system.allocation import prepare_training_process
+from spidr_hf.training.run_state import die_with_launcher
+from spidr_hf.units.arguments import clear_errors, start_processes
 
 
 def main() -> None:

@@ -8,13 +8,18 @@ units have the colour of the phone that they most often lie on, over all of the 
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from spidr_hf.commands import clear_errors, unit_files
-from spidr_hf.dataset_source import open_data
-from spidr_hf.evaluation import count_pairs, match_names, read_alignments
-from spidr_hf.plots import save_figure, unit_colours, utterance_figure
-from spidr_hf.units import read_units
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
+
+from spidr_hf.data.dataset_source import open_data
+from spidr_hf.evaluation.phones import count_pairs, match_names, read_alignments
+from spidr_hf.plots.figures import save_figure, unit_colours, utterance_figure
+from spidr_hf.units.arguments import clear_errors, unit_files
+from spidr_hf.units.unit_files import read_units
 
 
 def main() -> None:

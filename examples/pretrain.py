@@ -44,34 +44,42 @@ import sys
 import tomllib
 from pathlib import Path
 
-if not __package__:  # run as a command: `conversion` lies beside this folder
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
     # On CPUs, threads that spin while they wait stall each other once any other process wants a core (seen: a step
     # takes 16 times as long). It counts only before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from spidr_hf.conversion.checkpoints import read_config, read_pretraining_checkpoint
+from spidr_hf.conversion.errors import ConversionError
+from spidr_hf.conversion.model_folder import load_folder
+from spidr_hf.conversion.sources import find_source
+from spidr_hf.conversion.spidr_format import objective_of
+from spidr_hf.conversion.tensors import check_tensors
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from conversion.checkpoints import read_config, read_pretraining_checkpoint
-from conversion.errors import ConversionError
-from conversion.model_folder import load_folder
-from conversion.sources import find_source
-from conversion.spidr_format import objective_of
-from conversion.tensors import check_tensors
 from spidr_hf import SpidrConfig, SpidrForPretraining
-from spidr_hf.allocation import prepare_training_process
-from spidr_hf.audio import AudioError
-from spidr_hf.batching import BatchingError
-from spidr_hf.data import dropout_seed
-from spidr_hf.feeds import make_feed, open_source
-from spidr_hf.files import write_text
-from spidr_hf.hub_push import HubPush
+from spidr_hf.data.audio import AudioError
+from spidr_hf.data.batches import dropout_seed
+from spidr_hf.data.batching import BatchingError
+from spidr_hf.data.manifests import ManifestError
 from spidr_hf.kernels_spidr import use_kernels
-from spidr_hf.manifests import ManifestError
-from spidr_hf.planning import dry_run
-from spidr_hf.pretraining import (
+from spidr_hf.pretraining.config import (
+    ConfigError,
+    PretrainingConfig,
+    describe_fields,
+    differences,
+    load_config,
+    make_config,
+)
+from spidr_hf.pretraining.dry_run import dry_run
+from spidr_hf.pretraining.feeds import make_feed, open_source
+from spidr_hf.pretraining.hub_push import HubPush
+from spidr_hf.pretraining.reporter import Reporter
+from spidr_hf.pretraining.setup import (
     LossScale,
     autocast,
     compile_layers,
@@ -89,10 +97,13 @@ from spidr_hf.pretraining import (
     small_batch_note,
     whole_model,
 )
-from spidr_hf.profiling import StepProfiler
-from spidr_hf.run_config import ConfigError, PretrainingConfig, describe_fields, differences, load_config, make_config
-from spidr_hf.run_metrics import Reporter
-from spidr_hf.run_state import (
+from spidr_hf.pretraining.spidr_names import architecture_differences, to_model_section
+from spidr_hf.pretraining.updates import Updates
+from spidr_hf.pretraining.validation_run import start_validation
+from spidr_hf.system.allocation import prepare_training_process
+from spidr_hf.system.files import write_text
+from spidr_hf.training.profiling import StepProfiler
+from spidr_hf.training.run_state import (
     Checkpoint,
     Checkpoints,
     RunFolderError,
@@ -103,12 +114,9 @@ from spidr_hf.run_state import (
     die_with_launcher,
     kill_workers_at_exit,
 )
-from spidr_hf.schedules import learning_rate
-from spidr_hf.sharding import gradient_sync, shard, sharding_plugin
-from spidr_hf.spidr_fields import architecture_differences, to_model_section
-from spidr_hf.transfers import BatchMover
-from spidr_hf.updates import Updates
-from spidr_hf.validation_run import start_validation
+from spidr_hf.training.schedules import learning_rate
+from spidr_hf.training.sharding import gradient_sync, shard, sharding_plugin
+from spidr_hf.training.transfers import BatchMover
 
 USER_ERRORS = (AudioError, BatchingError, ConfigError, ConversionError, ManifestError, RunFolderError, OSError)
 

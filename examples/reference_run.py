@@ -17,6 +17,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
+
 import torch
 from tqdm.auto import tqdm
 

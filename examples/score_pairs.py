@@ -15,14 +15,19 @@ import argparse
 import csv
 import io
 import json
+import sys
 from pathlib import Path
+
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spidr_hf.commands import clear_errors, device_of
-from spidr_hf.files import write_text
-from spidr_hf.unit_lm import Pair, collapses, read_pairs, score_pairs, text_to_units, units_to_text
-from spidr_hf.units import read_units
+from spidr_hf.system.files import write_text
+from spidr_hf.units.arguments import clear_errors, device_of
+from spidr_hf.units.language_model import Pair, collapses, read_pairs, score_pairs, text_to_units, units_to_text
+from spidr_hf.units.unit_files import read_units
 
 
 def main() -> None:

@@ -12,12 +12,17 @@ memory (1 h of a base model: 550 MB); beyond --max-frames whole files are drawn 
 
 import argparse
 import json
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from spidr_hf.commands import clear_errors
-from spidr_hf.kmeans import feature_files, train_kmeans
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
+
+from spidr_hf.units.arguments import clear_errors
+from spidr_hf.units.kmeans import feature_files, train_kmeans
 
 
 def main() -> None:

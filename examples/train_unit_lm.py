@@ -15,9 +15,14 @@ with accelerate launch.
 
 import argparse
 import json
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 import numpy as np
 from transformers import (
@@ -30,9 +35,9 @@ from transformers import (
     set_seed,
 )
 
-from spidr_hf.commands import clear_errors, known_units
-from spidr_hf.files import replaced_folder, write_text
-from spidr_hf.unit_lm import (
+from spidr_hf.system.files import replaced_folder, write_text
+from spidr_hf.units.arguments import clear_errors, known_units
+from spidr_hf.units.language_model import (
     ARCHITECTURES,
     NGrams,
     UnitSequences,
@@ -42,7 +47,7 @@ from spidr_hf.unit_lm import (
     unit_tokenizer,
     units_to_text,
 )
-from spidr_hf.units import read_units
+from spidr_hf.units.unit_files import read_units
 
 
 def main() -> None:

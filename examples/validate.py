@@ -27,11 +27,15 @@ import logging
 import sys
 from pathlib import Path
 
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
+
 import torch
 
-from spidr_hf.commands import clear_errors, device_of
-from spidr_hf.run_config import DTYPES
-from spidr_hf.validation_run import RunFollower
+from spidr_hf.pretraining.config import DTYPES
+from spidr_hf.pretraining.validation_run import RunFollower
+from spidr_hf.units.arguments import clear_errors, device_of
 
 
 def main() -> None:

@@ -10,7 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from spidr_hf.manifests import ManifestError, scan_folder, scan_tar
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
+
+from spidr_hf.data.manifests import ManifestError, scan_folder, scan_tar
 
 
 def main() -> None:

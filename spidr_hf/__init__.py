@@ -1,5 +1,6 @@
 """SpidR and DinoSR for Transformers. Importing this package registers its models with the Auto classes."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -26,9 +27,15 @@ from .modeling_spidr import (
     SpidrModel,
     SpidrPreTrainedModel,
 )
-from .pipelines import SpeechToUnitsPipeline
+from .units.pipeline import SpeechToUnitsPipeline
 
 __version__ = "0.1.0"
+
+# In a clone `conversion`, `examples` and `model_cards` lie beside the package, in the wheel inside it. Either way they
+# are `spidr_hf.conversion` and so on.
+_ROOT = Path(__file__).resolve().parent.parent
+if (_ROOT / "conversion" / "convert_checkpoint.py").exists():
+    __path__.append(str(_ROOT))
 
 AutoConfig.register(SpidrConfig.model_type, SpidrConfig)
 AutoFeatureExtractor.register(SpidrConfig, SpidrFeatureExtractor)
@@ -46,7 +53,7 @@ for _auto_class, _model_class in (
 
 def __getattr__(name: str) -> Any:
     if name == "SpidrTrainerCallback":  # what only training needs is imported when it is asked for
-        from .trainer import SpidrTrainerCallback
+        from .pretraining.hf_trainer import SpidrTrainerCallback
 
         return SpidrTrainerCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

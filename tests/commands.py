@@ -1,14 +1,11 @@
 """Runs the commands of `examples/` in this process, which spares every test the seconds of a new one."""
 
-import importlib.util
+import importlib
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from pathlib import Path
 from unittest.mock import patch
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 @dataclass
@@ -22,13 +19,10 @@ class Finished:
 
 def run_command(name: str, *arguments: object) -> Finished:
     """Run `examples/NAME.py ARGUMENTS`."""
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
     out, err, status = StringIO(), StringIO(), 0
     with patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
         try:
-            spec.loader.exec_module(module)
-            module.main()
+            importlib.import_module(f"spidr_hf.examples.{name.replace('/', '.')}").main()
         except SystemExit as stop:
             if isinstance(stop.code, str):
                 print(stop.code, file=err)

@@ -1,6 +1,6 @@
 """A tiny pretraining run: its configuration and audio, and what it leaves in its folder."""
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
-from spidr_hf.run_config import dump_toml, load_config
+from spidr_hf.pretraining.config import dump_toml, load_config
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "pretrain.py"
 TINY = {
@@ -86,11 +86,7 @@ def write_config(path: Path, audio: Path) -> Path:
 @cache
 def load_script():
     """The command as a module."""
-    spec = importlib.util.spec_from_file_location("pretrain", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(SCRIPT.parent.parent))
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("spidr_hf.examples.pretrain")
 
 
 def forget_processes() -> None:

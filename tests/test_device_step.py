@@ -18,13 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spidr_hf import SpidrForPretraining
-from spidr_hf.batching import BatchKey, Position
-from spidr_hf.data import Batch
-from spidr_hf.pretraining import LossScale, compile_layers, make_optimizer, scale_and_clip
-from spidr_hf.run_config import make_config
-from spidr_hf.run_state import TrainerState
-from spidr_hf.transfers import BatchMover, HostCopy
-from spidr_hf.updates import Updates
+from spidr_hf.data.batches import Batch
+from spidr_hf.data.batching import BatchKey, Position
+from spidr_hf.pretraining.config import make_config
+from spidr_hf.pretraining.setup import LossScale, compile_layers, make_optimizer, scale_and_clip
+from spidr_hf.pretraining.updates import Updates
+from spidr_hf.training.run_state import TrainerState
+from spidr_hf.training.transfers import BatchMover, HostCopy
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 # Twelve batches of different lengths and, as in training, the fewer rows the longer they are.

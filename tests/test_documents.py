@@ -8,8 +8,8 @@ import pytest
 from tiny import tiny_model
 
 from spidr_hf import SpidrFeatureExtractor
-from spidr_hf.run_config import DataSection, OptimizerSection, RunSection
-from spidr_hf.spidr_fields import MODEL_SECTION_FIELDS
+from spidr_hf.pretraining.config import DataSection, OptimizerSection, RunSection
+from spidr_hf.pretraining.spidr_names import MODEL_SECTION_FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -50,7 +50,9 @@ def test_options_that_are_named_exist(document):
     code = "\n".join(
         text(path) for folder in ("spidr_hf", "conversion", "examples") for path in ROOT.glob(f"{folder}/**/*.py")
     )
-    fields_of_configs = text(ROOT / "spidr_hf" / "run_config.py") + text(ROOT / "spidr_hf" / "masking.py")
+    fields_of_configs = text(ROOT / "spidr_hf" / "pretraining" / "config.py") + text(
+        ROOT / "spidr_hf" / "data" / "masking.py"
+    )
     launcher = {
         "--config_file",
         "--machine_rank",
@@ -68,8 +70,8 @@ def test_options_that_are_named_exist(document):
 def test_contributing_names_what_the_code_has():
     """Names of functions, constants and tests in its walks are found in the files that it names beside them."""
     for section in text(ROOT / "CONTRIBUTING.md").split("\n## ")[2:]:
-        files = [ROOT / name for name in re.findall(r"`((?:spidr_hf|conversion|tests)/[\w.]+\.py)`", section)]
-        files += ROOT.glob("tests/test_conversion*.py")
+        files = [ROOT / name for name in re.findall(r"`((?:spidr_hf|conversion|tests)/[\w./]+\.py)`", section)]
+        files += ROOT.glob("tests/conversion/*.py")
         code = "\n".join(map(text, files))
         names = re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)`", section)
         # What the walk adds, words of the file formats, and types that are defined elsewhere.

@@ -22,7 +22,7 @@ from tiny import tiny_model
 
 import spidr_hf
 from spidr_hf import SpidrFeatureExtractor
-from spidr_hf.manifests import read_manifest
+from spidr_hf.data.manifests import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ("spidr_hf", "conversion", "model_cards")  # folders that the wheel holds
@@ -47,7 +47,7 @@ inputs = AutoFeatureExtractor.from_pretrained("model")(waveform, sampling_rate=r
 frames = AutoModel.from_pretrained("model").get_intermediate_outputs(**inputs)[3].shape[1]
 assert frames == sum(result["durations"]) > 50
 converted = AutoModel.from_pretrained("converted")
-from spidr_hf.model_card import CARDS, trained_card
+from spidr_hf.hub.card import CARDS, trained_card
 assert CARDS.is_relative_to(home) and "## Origin" in trained_card(converted.config, "Trained.", "")
 print("works", spidr_hf.__version__)
 """

@@ -26,7 +26,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spidr_hf.run_config import ConfigError, PretrainingConfig, load_config
+if not __package__:  # run as a command: the repository, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from spidr_hf.pretraining.config import ConfigError, PretrainingConfig, load_config
 
 HERE = Path(__file__).resolve().parent
 # What the jobs find in their environment: this interpreter, this repository.

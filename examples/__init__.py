@@ -1,0 +1,1 @@
+"""The commands that people run. Each is a file of its own, and nothing imports them."""

@@ -1,0 +1,1 @@
+"""What the measuring commands share: timing, peers, whole steps, data costs, recorded numbers."""

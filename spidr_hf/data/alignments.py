@@ -1,0 +1,184 @@
+"""Phone alignments as they come: Praat's TextGrid, CTM, one label per step; and the item files made of them."""
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from ..system.files import write_text
+
+Phones = Sequence[tuple[str, float, float]]
+
+SILENCE = "SIL"
+_PHONE_TIERS = ("phones", "phone", "phonemes", "phoneme", "phns", "mau")
+# Strings (quotes inside are doubled), then what must not be taken for a number, then numbers.
+_TEXTGRID_TOKEN = re.compile(r'"(?:[^"]|"")*"|\[\d*\]|<[^>]*>|![^\n]*|[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?')
+
+
+def phones_of_steps(labels: Sequence[str], step: float) -> list[tuple[str, float, float]]:
+    """Phones `(phone, start, end)` in seconds from one label per `step` seconds; equal neighbours are one phone."""
+    phones: list[tuple[str, float, float]] = []
+    for i, label in enumerate(labels):
+        if phones and phones[-1][0] == str(label):
+            phones[-1] = (phones[-1][0], phones[-1][1], (i + 1) * step)
+        else:
+            phones.append((str(label), i * step, (i + 1) * step))
+    return phones
+
+
+def read_textgrids(path: str | os.PathLike, tier: str | None = None) -> dict[str, list[tuple[str, float, float]]]:
+    """Phones of a `.TextGrid` file, or of all below a folder, by path without suffix. Empty labels are silence."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() == ".textgrid")
+    if not files:
+        raise ValueError(f"{path}: no TextGrid files in this folder or below it.")
+    root = path.parent if path.is_file() else path
+    return {file.relative_to(root).with_suffix("").as_posix(): read_textgrid(file, tier) for file in files}
+
+
+def read_textgrid(path: str | os.PathLike, tier: str | None = None) -> list[tuple[str, float, float]]:
+    """Phones `(phone, start, end)` of one tier of a TextGrid, in Praat's long or short text format."""
+    content = Path(path).read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        tiers = _textgrid_tiers(content.decode(encoding))
+    except (ValueError, IndexError, StopIteration) as error:
+        raise ValueError(f"{path} cannot be read as a TextGrid in Praat's text format.") from error
+    if tier is None:
+        wanted = [name for name in tiers if name.lower() in _PHONE_TIERS or name.lower().endswith("phones")]
+        wanted = wanted or list(tiers)
+        if len(wanted) != 1:
+            raise ValueError(f"{path} has the tiers {', '.join(tiers) or '(none)'}: choose one with --tier.")
+        tier = wanted[0]
+    if tier not in tiers:
+        raise ValueError(f"{path} has no interval tier {tier!r}, only {', '.join(tiers) or '(none)'}.")
+    return [(label.strip() or SILENCE, start, end) for label, start, end in tiers[tier]]
+
+
+def _textgrid_tiers(text: str) -> dict[str, list[tuple[str, float, float]]]:
+    tokens = iter([t for t in _TEXTGRID_TOKEN.findall(text) if t[0] not in "[!<"])
+
+    def string() -> str:
+        token = next(tokens)
+        if token[0] != '"':
+            raise ValueError(token)
+        return token[1:-1].replace('""', '"')
+
+    def number() -> float:
+        return float(next(tokens))
+
+    if string() != "ooTextFile" or string() != "TextGrid":
+        raise ValueError("header")
+    number(), number()
+    tiers: dict[str, list[tuple[str, float, float]]] = {}
+    for _ in range(int(number())):
+        kind, name = string(), string()
+        number(), number()
+        entries = int(number())
+        if kind == "IntervalTier":
+            intervals = []
+            for _ in range(entries):
+                start, end = number(), number()
+                intervals.append((string(), start, end))
+            tiers[name] = intervals
+        else:  # a tier of points
+            for _ in range(entries):
+                number(), string()
+    return tiers
+
+
+def read_ctm(path: str | os.PathLike) -> dict[str, list[tuple[str, float, float]]]:
+    """Phones by utterance of a CTM file (`utterance channel start duration phone`); gaps become silence."""
+    phones: dict[str, list[tuple[str, float, float]]] = {}
+    with Path(path).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip() or line.startswith(";;"):
+                continue
+            fields = line.split()
+            try:
+                start, duration = float(fields[2]), float(fields[3])
+                phones.setdefault(fields[0], []).append((fields[4], start, start + duration))
+            except (IndexError, ValueError) as error:
+                raise ValueError(
+                    f"{path}, line {number} is not of the form 'utterance channel start duration phone'."
+                ) from error
+    return {fileid: _fill_gaps(sorted(entries, key=lambda e: e[1])) for fileid, entries in phones.items()}
+
+
+def read_rows(path: str | os.PathLike) -> dict[str, list[tuple[str, float, float]]]:
+    """Phones by utterance of a text file with the columns `#file onset offset #phone` (DiscoPhon's alignments)."""
+    columns = ("#file", "onset", "offset", "#phone")
+    phones: dict[str, list[tuple[str, float, float]]] = {}
+    with Path(path).open(encoding="utf-8") as lines:
+        header = next(lines, "").split()
+        if missing := [column for column in columns if column not in header]:
+            raise ValueError(
+                f"{path} has no column {missing[0]}. Alignments are JSON lines, TextGrids, .ctm, or text with "
+                f"the columns {' '.join(columns)}."
+            )
+        places = [header.index(column) for column in columns]
+        for number, line in enumerate(lines, start=2):
+            fields = line.split()
+            try:
+                fileid, onset, offset, phone = (fields[place] for place in places)
+                phones.setdefault(fileid, []).append((phone, float(onset), float(offset)))
+            except (IndexError, ValueError) as error:
+                raise ValueError(f"{path}, line {number} is not of the form {' '.join(columns)}.") from error
+    return {fileid: _fill_gaps(sorted(entries, key=lambda e: e[1])) for fileid, entries in phones.items()}
+
+
+def _fill_gaps(phones: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    filled, end = [], 0.0
+    for phone, start, stop in phones:
+        if start - end > 1e-4:
+            filled.append((SILENCE, end, start))
+        filled.append((phone, start, stop))
+        end = stop
+    return filled
+
+
+def write_items(
+    path: str | os.PathLike,
+    alignments: Mapping[str, Phones],
+    speakers: Mapping[str, str],
+    *,
+    silences: Collection[str] = (SILENCE,),
+    durations: Mapping[str, float] | None = None,
+) -> int:
+    """
+    Write the `.item` file of an ABX test on triphones: every phone with both its neighbours, none of them silence.
+
+    Args:
+        path: The file; complete or not there at all.
+        alignments: Phones by file id.
+        speakers: Speaker of each of these utterances.
+        silences: Labels that no triphone may hold; case does not matter.
+        durations: Where features end, in seconds; triphones that reach beyond are left out. (The convolutions drop the
+            last 5 to 25 ms of an utterance.)
+
+    Returns:
+        How many there are.
+    """
+    silent, lines = {name.upper() for name in silences}, []
+    for fileid, phones in alignments.items():
+        if fileid not in speakers:
+            raise ValueError(f"There is no speaker for {fileid!r}.")
+        end_of_features = (durations or {}).get(fileid, float("inf"))
+        for (before, onset, _), (phone, _, _), (after, _, offset) in zip(phones, phones[1:], phones[2:], strict=False):
+            if silent & {before.upper(), phone.upper(), after.upper()} or offset > end_of_features:
+                continue
+            lines.append(f"{fileid} {onset:.4f} {offset:.4f} {phone} {before} {after} {speakers[fileid]}\n")
+    write_text(path, "#file onset offset #phone prev-phone next-phone speaker\n" + "".join(lines))
+    return len(lines)
+
+
+__all__ = [
+    "SILENCE",
+    "Phones",
+    "phones_of_steps",
+    "read_ctm",
+    "read_rows",
+    "read_textgrid",
+    "read_textgrids",
+    "write_items",
+]

@@ -1,0 +1,332 @@
+"""From an audio source to the batches that a pretraining step takes.
+
+A worker gets the key of a batch (`BatchKey`) and returns all of it: files decoded, whole utterances standardised, then
+cropped, stacked, and their masks drawn. Every random number comes from the seed and the names of what it is drawn for
+(epoch and utterance for crops, epoch and batch for masks), so batches do not depend on the number of workers, on the
+process that asks for them, or on what was asked for before.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..configuration_spidr import SpidrConfig
+from ..feature_extraction_spidr import SpidrFeatureExtractor
+from ..layers_spidr import frame_lengths, receptive_field
+from ..pretraining.config import DataSection, MaskingSection
+from ..training.run_state import die_with_parent
+from .audio import AudioError
+from .batching import BatchKey, BucketSampler
+from .manifests import AudioSource, Skipped
+from .masking import masked_frames
+
+# What a random number is drawn for; part of its seed.
+_CROP, _MASK, _REPLACEMENT, _DROPOUT = range(4)
+_MAX_REPLACEMENTS = 100
+# A decoder may count a few samples differently from the header; a file this much shorter is cut off.
+_SHORTER = 0.9
+# Below this many utterances a share says nothing.
+_MIN_TRIED = 20
+
+
+@dataclass
+class Batch:
+    """One batch of one process.
+
+    Attributes:
+        input_values: B x S, standardised waveforms (float32).
+        mask_time_indices: masked frames, B x M frame numbers (int64), or B x T (bool) where all are; None: no mask.
+        attention_mask: B x S (bool), True on audio; None when nothing is padded.
+        key: which batch it is.
+        audio_samples: valid samples in it.
+        skipped: utterances that could not be used, and why.
+        failure: why there is no audio at all in it, after many replacements were tried; else None.
+        place: of a streamed batch, where its stream stands after it (`streaming.Stream`).
+    """
+
+    input_values: Tensor
+    mask_time_indices: Tensor | None
+    attention_mask: Tensor | None
+    key: BatchKey
+    audio_samples: int
+    skipped: list[Skipped] = field(default_factory=list)
+    failure: str | None = None
+    place: dict[str, Any] | None = None
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model takes."""
+        names = ("input_values", "mask_time_indices", "attention_mask")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on a device; copies from pinned memory do not wait."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        return dataclasses.replace(self, **moved)
+
+    def pin_memory(self) -> "Batch":
+        """The batch with its tensors in page-locked memory (called by the data loader)."""
+        return dataclasses.replace(self, **{name: tensor.pin_memory() for name, tensor in self.inputs.items()})
+
+
+class BatchBuilder:
+    """Waveforms to a batch: standardised, cropped or padded, masked.
+
+    Args:
+        data: `[data]`: how utterances become rows.
+        masking: `[masking]`: how masks are drawn.
+        model: for the arithmetic of its convolutions.
+        mask_seed: seed of the masks (`[data]`'s own seeds the crops).
+    """
+
+    def __init__(self, data: DataSection, masking: MaskingSection, model: SpidrConfig, mask_seed: int = 0):
+        self.data = data
+        self.spans = masking.spans()
+        self.model = model
+        self.mask_seed = mask_seed
+        self.min_samples = max(data.min_sample_size, min_samples(model))
+        self._standardize = SpidrFeatureExtractor().standardize if data.normalize else None
+
+    def prepare(self, waveform: np.ndarray, expected: int, fileid: str) -> np.ndarray:
+        """A whole utterance, standardised. Raises `AudioError` where much less is there than was expected."""
+        if len(waveform) < max(self.min_samples, _SHORTER * min(expected, self.data.max_sample_size)):
+            raise AudioError(
+                f"{fileid}: has {len(waveform)} samples at 16 kHz, {expected} were expected. It is cut off, or its "
+                "manifest is out of date."
+            )
+        return waveform if self._standardize is None else self._standardize(waveform)
+
+    def build(
+        self, utterances: Sequence[tuple[tuple[int, ...], int, np.ndarray]], key: BatchKey, skipped: list[Skipped]
+    ) -> Batch:
+        """The batch of (name, length that was reckoned with, prepared waveform); names seed the crops."""
+        usable = [min(len(waveform), expected, self.data.max_sample_size) for _, expected, waveform in utterances]
+        lengths = np.array(usable if self.data.enable_padding else [min(usable)] * len(usable))
+        rows = torch.zeros(len(utterances), int(lengths.max()))
+        for row, length, (name, _, waveform) in zip(rows.numpy(), lengths, utterances, strict=True):
+            row[:length] = self.crop(waveform, int(length), key.epoch, name)
+        valid = torch.from_numpy(lengths)[:, None]
+        attention_mask = torch.arange(rows.shape[1]) < valid if lengths.min() < lengths.max() else None
+        frames = frame_lengths(self.model, torch.from_numpy(lengths)).numpy()
+        mask = self._mask(frames, key)
+        return Batch(rows, mask, attention_mask, key, int(lengths.sum()), skipped)
+
+    def crop(self, waveform: np.ndarray, length: int, epoch: int, name: tuple[int, ...]) -> np.ndarray:
+        """`length` samples of a waveform, from a place that depends on seed, epoch and the utterance's name."""
+        spare = len(waveform) - length
+        if spare == 0 or not self.data.rand_crop:
+            return waveform[:length]
+        rng = np.random.default_rng([self.data.random_seed, epoch, *name, _CROP])
+        start = int(rng.integers(spare, endpoint=True))
+        return waveform[start : start + length]
+
+    def _mask(self, frames: np.ndarray, key: BatchKey) -> Tensor | None:
+        if self.spans is None:
+            return None
+        rng = np.random.default_rng([self.mask_seed, key.epoch, key.index, _MASK])
+        indices = masked_frames(frames, self.spans, rng)
+        if indices.shape[1] == frames.max():
+            # T integers per row would read as a mask of 0 and 1.
+            return torch.ones(indices.shape, dtype=torch.bool)
+        return torch.from_numpy(indices)
+
+
+class PretrainingBatches(Dataset[Batch]):
+    """Batches by key.
+
+    Args:
+        source: the audio.
+        data, masking, model, mask_seed: see `BatchBuilder`.
+    """
+
+    def __init__(
+        self, source: AudioSource, data: DataSection, masking: MaskingSection, model: SpidrConfig, mask_seed: int = 0
+    ):
+        self.source = source
+        self.seed = data.random_seed
+        self.builder = BatchBuilder(data, masking, model, mask_seed)
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        utterances, skipped = self._read(key.utterances)
+        if not utterances:
+            utterances, more = self._replace(key)
+            skipped += more
+        if not utterances:
+            failure = f"{_MAX_REPLACEMENTS} utterances in a row cannot be used. The last: {skipped[-1].reason}"
+            return empty_batch(key, skipped, failure)
+        return self.builder.build(utterances, key, skipped)
+
+    def _read(
+        self, utterances: Sequence[int] | np.ndarray
+    ) -> tuple[list[tuple[tuple[int], int, np.ndarray]], list[Skipped]]:
+        """(name, length, prepared waveform) of what can be read, and what cannot."""
+        read, skipped = [], []
+        for index in map(int, utterances):
+            expected = int(self.source.num_samples[index])
+            try:
+                waveform = self.builder.prepare(self.source.read(index), expected, self.source.fileid(index))
+            except AudioError as error:
+                skipped.append(Skipped(self.source.fileid(index), str(error)))
+            else:
+                read.append(((index,), expected, waveform))
+        return read, skipped
+
+    def _replace(self, key: BatchKey) -> tuple[list[tuple[tuple[int], int, np.ndarray]], list[Skipped]]:
+        """One utterance in place of a batch of which nothing can be used: every process must have a batch."""
+        rng = np.random.default_rng([self.seed, key.epoch, key.index, _REPLACEMENT])
+        skipped: list[Skipped] = []
+        for _ in range(_MAX_REPLACEMENTS):
+            index = int(rng.integers(len(self.source)))
+            if self.source.num_samples[index] < self.builder.min_samples:
+                continue
+            utterances, more = self._read([index])
+            if utterances:
+                return utterances, skipped
+            skipped += more
+        return [], skipped
+
+
+class SkippedFiles:
+    """The list of utterances that could not be used, `skipped.jsonl`, and the point where there are too many.
+
+    Args:
+        path: the file; entries of an earlier start of the run stay. None: keep no file.
+        max_share: largest share of the utterances tried that may be skipped.
+    """
+
+    def __init__(self, path: str | Path | None, max_share: float):
+        self.path = None if path is None else Path(path)
+        self.max_share = max_share
+        self.tried = 0
+        self.skipped = 0
+        self._listed: set[str] = set()
+        if self.path is not None and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    self._listed.add(json.loads(line)["file"])
+                except (ValueError, KeyError):
+                    continue  # a line that was cut off when the run was killed
+
+    def add(self, skipped: Sequence[Skipped], tried: int) -> None:
+        """Count utterances and list those skipped for the first time.
+
+        Raises `AudioError` when too many were skipped so far.
+        """
+        self.tried += tried
+        self.skipped += len(skipped)
+        new = {entry.fileid: entry for entry in skipped if entry.fileid not in self._listed}
+        if new and self.path is not None:
+            text = "".join(json.dumps({"file": name, "reason": entry.reason}) + "\n" for name, entry in new.items())
+            with open(self.path, "a+b") as file:
+                if file.tell() > 0:
+                    file.seek(-1, os.SEEK_END)
+                    text = text if file.read(1) == b"\n" else "\n" + text
+                file.write(text.encode())
+        self._listed |= set(new)
+        if self.skipped > self.max_share * max(self.tried, _MIN_TRIED):
+            raise AudioError(
+                f"{self.skipped} of {self.tried} utterances cannot be used, more than `data.max_skipped_share` "
+                f"({self.max_share:g}){f'; {self.path} lists them' if self.path else ''}. "
+                f"The last: {skipped[-1].reason if skipped else 'see there'}"
+            )
+
+
+def make_sampler(
+    source: AudioSource,
+    data: DataSection,
+    model: SpidrConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulation: int = 1,
+) -> BucketSampler:
+    """Sampler of a `[data]` section. Utterances too short for two frames are dropped whatever `min_sample_size` is."""
+    return BucketSampler(
+        source.num_samples,
+        max_batch_length=data.max_batch_length,
+        min_sample_size=max(data.min_sample_size, min_samples(model)),
+        max_sample_size=data.max_sample_size,
+        padding=data.enable_padding,
+        num_buckets=data.num_buckets,
+        bucket_method=data.bucket_method,
+        seed=data.random_seed,
+        drop_last=data.drop_last,
+        rank=rank,
+        world_size=world_size,
+        accumulation=accumulation,
+        shares=getattr(source, "shares", None),
+    )
+
+
+def make_loader(
+    batches: Dataset[Any], sampler: BucketSampler | None, data: DataSection, *, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """Endless loader of this process's batches, from the sampler's position on. Streamed batches have no sampler."""
+    workers: dict[str, Any] = {}
+    if data.num_workers:
+        workers = {"prefetch_factor": data.prefetch_factor, "worker_init_fn": _start_worker}
+    return DataLoader(
+        batches,
+        batch_size=None,  # the data set returns whole batches
+        sampler=sampler,
+        collate_fn=_as_it_is,
+        num_workers=data.num_workers,
+        pin_memory=pin_memory and data.pin_memory,
+        **workers,
+    )
+
+
+def dropout_seed(seed: int, key: BatchKey) -> int:
+    """Seed of the random numbers that the model draws for a batch (dropout, layer drop)."""
+    state = np.random.SeedSequence([seed, key.epoch, key.index, _DROPOUT]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def min_samples(model: SpidrConfig) -> int:
+    """Fewest samples an utterance needs: those of two frames, since from one alone nothing can be predicted."""
+    return receptive_field(model) + model.inputs_to_logits_ratio
+
+
+def too_short(fileid: str, samples: int, lowest: int) -> Skipped:
+    """An utterance of fewer than the `lowest` samples that a run takes."""
+    return Skipped(fileid, f"{fileid}: has {samples} samples at 16 kHz, at least {lowest} are needed.")
+
+
+def empty_batch(key: BatchKey, skipped: list[Skipped], failure: str) -> Batch:
+    """A batch that says why there is none."""
+    return Batch(torch.empty(0, 0), None, None, key, 0, skipped, failure)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    # SLURM and terminals signal every process of a job: the training process decides, its workers go with it.
+    for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(stop, signal.SIG_IGN)
+    die_with_parent(signal.SIGKILL)
+
+
+__all__ = [
+    "Batch",
+    "BatchBuilder",
+    "PretrainingBatches",
+    "SkippedFiles",
+    "dropout_seed",
+    "empty_batch",
+    "make_loader",
+    "make_sampler",
+    "min_samples",
+    "too_short",
+]

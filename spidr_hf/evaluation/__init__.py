@@ -1,0 +1,1 @@
+"""Scores of units and features against phones: purities, PNMI, ABX."""

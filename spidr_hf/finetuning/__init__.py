@@ -1,0 +1,1 @@
+"""A fine-tuning run: its task (CTC, utterances, speakers, frames), its batches, its loop."""

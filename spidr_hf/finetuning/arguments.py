@@ -1,0 +1,200 @@
+"""What the commands `examples/finetune_*.py` share: arguments, opening model and data, choosing utterances."""
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from ..configuration_spidr import SpidrConfig
+from ..data.dataset_source import open_data
+from ..data.labels import Labels, held_out, parse_hold_out
+from ..data.manifests import AudioSource
+from ..feature_extraction_spidr import SpidrFeatureExtractor
+from ..modeling_spidr_heads import SpidrHeadModel
+from ..units.arguments import add_data_arguments, loading
+from .reporter import read_rows, say
+from .settings import Settings
+
+
+def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of both commands."""
+    add_data_arguments(parser, "the run's folder", data="audio to train on")
+    parser.add_argument("--valid", required=True, metavar="DATA", help="audio to choose the best step by")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="where the labels are (see above); for training, validation and held-out audio together",
+    )
+    parser.add_argument("--column", help="column of the labels")
+    parser.add_argument("--tier", help="tier of TextGrids that has the phones")
+    parser.add_argument(
+        "--hold-out",
+        metavar="COLUMN=VALUE",
+        help="keep utterances with this value (speaker=slt) out of training and validation, and score those of --valid "
+        "by themselves at the end",
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--random-encoder",
+        action="store_true",
+        help="begin with random weights instead of MODEL's: what the head reaches without pretraining",
+    )
+    group.add_argument("--dropout", type=float, help="of layers, attention and head (default: the model's own)")
+    group.add_argument(
+        "--mask-time-prob", type=float, default=0.05, help="SpecAugment over time (default: %(default)s)"
+    )
+    group.add_argument("--mask-time-length", type=int, default=10, help="frames of a span (default: %(default)s)")
+    group.add_argument("--mask-feature-prob", type=float, default=0.0, help="over channels (default: %(default)s)")
+    group.add_argument("--mask-feature-length", type=int, default=10, help="channels of a span (default: %(default)s)")
+    group = parser.add_argument_group("training")
+    default = Settings()
+    group.add_argument("--steps", type=int, default=default.steps, help="updates (default: %(default)s)")
+    group.add_argument("--lr", type=float, default=default.lr, help="the encoder's peak rate (default: %(default)s)")
+    group.add_argument("--head-lr", type=float, default=default.head_lr, help="the head's (default: %(default)s)")
+    group.add_argument("--warmup", type=float, default=default.warmup, help="share of the steps (default: %(default)s)")
+    group.add_argument(
+        "--hold", type=float, default=default.hold, help="share of the steps at the peak; the rest decays (%(default)s)"
+    )
+    group.add_argument(
+        "--freeze-encoder-steps",
+        type=int,
+        default=default.freeze_encoder_steps,
+        metavar="N",
+        help="updates at first in which only the head trains (default: %(default)s)",
+    )
+    group.add_argument("--freeze-encoder", action="store_true", help="only the head trains, to the end (probing)")
+    group.add_argument("--train-extractor", action="store_true", help="the convolutional extractor trains, too")
+    group.add_argument(
+        "--batch-seconds", type=float, default=default.batch_seconds, help="audio per batch (default: %(default)g)"
+    )
+    group.add_argument("--accumulation", type=int, default=1, help="batches per update (default: %(default)s)")
+    group.add_argument("--max-seconds", type=float, default=30.0, help="longest utterance (default: %(default)g)")
+    group.add_argument("--weight-decay", type=float, default=default.weight_decay, help="default: %(default)s")
+    group.add_argument(
+        "--max-norm", type=float, default=default.max_norm, help="of the gradient (default: %(default)g)"
+    )
+    group.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default=default.dtype, help="of training (default: %(default)s)"
+    )
+    group.add_argument("--eval-interval", type=int, default=default.eval_interval, help="default: %(default)s")
+    group.add_argument("--log-interval", type=int, default=default.log_interval, help="default: %(default)s")
+    group.add_argument("--num-workers", type=int, default=default.num_workers, help="that decode audio (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The training settings among the arguments. Raises `ValueError` for impossible ones."""
+    return Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+
+
+def config_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the model's config that the arguments set."""
+    changes: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length")
+    }
+    if args.dropout is not None:
+        changes |= dict.fromkeys(("hidden_dropout", "attention_dropout", "final_dropout"), args.dropout)
+    return changes
+
+
+def load_for_finetuning(
+    model_class: type[SpidrHeadModel], args: argparse.Namespace, changes: Mapping[str, Any]
+) -> tuple[SpidrHeadModel, SpidrFeatureExtractor]:
+    """MODEL with a new head (the same on every process), and its feature extractor.
+
+    Raises `ValueError` for what is no SpidR or DinoSR model, and for one whose encoder is not complete.
+    """
+    name = args.model
+    torch.manual_seed(args.seed)
+    with loading(name, args.revision):
+        extractor = SpidrFeatureExtractor.from_pretrained(name, revision=args.revision)
+        if args.random_encoder:
+            config = SpidrConfig.from_pretrained(name, revision=args.revision, **changes)
+            return model_class(config), extractor
+        model, found = model_class.from_pretrained(
+            name, revision=args.revision, dtype=torch.float32, output_loading_info=True, **changes
+        )
+    if missing := sorted(key for key in found["missing_keys"] if key.startswith("spidr.")):
+        raise ValueError(f"{name} lacks weights of the encoder, for example {missing[0]}: it is not the whole of one.")
+    return model, extractor
+
+
+def open_parts(
+    args: argparse.Namespace, read: Callable[[str, AudioSource], Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[tuple[str, AudioSource, np.ndarray]]]:
+    """The labels of all utterances by file id; and name, source and utterances with labels of each part.
+
+    The parts are training, validation and, where there is one, what is held out of it.
+
+    Args:
+        read: labels by file id that belong to DATA (its name, and opened).
+    """
+    labels: dict[str, Any] = {}
+    parts: list[tuple[str, AudioSource, np.ndarray]] = []
+    for name, data in (("training", args.data), ("validation", args.valid)):
+        source = open_data(data, resample=args.resample, progress=PartialState().is_main_process)
+        labels |= read(data, source)
+        kept, away = without_held_out(source, args.labels, data, args.hold_out)
+        parts.append((name, source, labelled(source, kept, labels, name)))
+        if args.hold_out and name == "validation":
+            parts.append((f"held out, {args.hold_out}", source, labelled(source, away, labels, "the held-out test")))
+    return labels, parts
+
+
+def describe_run(args: argparse.Namespace, config: Mapping[str, Any], **particular: Any) -> dict[str, Any]:
+    """What the run is about (`Task.description`): of every command, and what is `particular` to one."""
+    common = {"model": args.model, "random_encoder": args.random_encoder, "hold_out": args.hold_out}
+    return {**common, **particular, "config": config}
+
+
+def without_held_out(
+    source: AudioSource, files: Sequence[str], data: str, hold_out: str | None
+) -> tuple[list[int], list[int]]:
+    """Indices of the utterances that are not held out, and of those that are (by label files, or DATA's own column)."""
+    if hold_out is None:
+        return list(range(len(source))), []
+    away = held_out(Labels(files, data, source), *parse_hold_out(hold_out))
+    kept = [index for index in range(len(source)) if source.fileid(index) not in away]
+    return kept, [index for index in range(len(source)) if source.fileid(index) in away]
+
+
+def labelled(source: AudioSource, indices: Iterable[int], labels: Mapping[str, Any], what: str) -> np.ndarray:
+    """The utterances that have labels; says how many have none. Raises `ValueError` where none has."""
+    indices = list(indices)
+    found = np.array([index for index in indices if source.fileid(index) in labels], dtype=np.int64)
+    if indices and not len(found):
+        raise ValueError(
+            f"None of the {len(indices)} utterances for {what} has labels: are the file ids the same? One of the audio "
+            f"is {source.fileid(indices[0])!r}, one of the labels {next(iter(labels), '(none)')!r}."
+        )
+    if len(found) < len(indices):
+        say(f"{len(indices) - len(found)} utterances for {what} have no labels and are left out.")
+    return found
+
+
+def draw(folder: Path, results: Mapping[str, Any], weights: Sequence[float] | None = None) -> None:
+    """Draw curves.png and, for a learned sum over layers, layer_weights.png."""
+    from ..plots.figures import save_figure
+    from .plots import curves_figure, layer_weights_figure
+
+    save_figure(curves_figure(read_rows(folder / "metrics.jsonl"), results["best_step"]), folder / "curves.png")
+    if weights:
+        save_figure(layer_weights_figure(weights), folder / "layer_weights.png")
+
+
+__all__ = [
+    "add_finetuning_arguments",
+    "config_changes",
+    "describe_run",
+    "draw",
+    "load_for_finetuning",
+    "open_parts",
+    "settings_of",
+]

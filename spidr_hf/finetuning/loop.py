@@ -1,0 +1,276 @@
+"""Fine-tuning a head on the encoder: the loop that `examples/finetune_ctc.py` and `finetune_classification.py` share.
+
+What is particular to a kind of labels is a `Task`: its labels, how predictions are scored, what goes into the model
+folder. The loop makes updates of labelled batches on any number of processes, validates, keeps the best weights, and
+goes on after an interruption at the very next batch.
+"""
+
+import gc
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..data.audio import SAMPLING_RATE
+from ..data.batches import dropout_seed, make_loader, min_samples
+from ..data.batching import BucketSampler, Position
+from ..hub.card import finetuned_card
+from ..modeling_spidr_heads import SpidrHeadModel
+from ..pretraining.config import DataSection
+from ..pretraining.setup import scale_and_clip
+from ..system.files import replaced_file, replaced_folder, write_text
+from ..training.run_state import Checkpoints, RunFolderError, RunLock, StopSignal, TrainerState
+from ..training.schedules import learning_rate
+from .batches import Part
+from .reporter import Reporter, best_step, say
+from .settings import Settings, settle
+from .task import Task, evaluate, long_enough
+
+BEST_FILE = "best.safetensors"
+_MAX_NONFINITE = 10
+_NUM_BUCKETS = 30
+
+
+def finetune(task: Task, train: Part, valid: Part, tests: Sequence[Part], settings: Settings, folder: Path) -> dict:
+    """The whole run: train or go on, then evaluate the best weights and leave a model folder in `folder/final`.
+
+    Args:
+        train, valid, tests: to train on, to choose the best step by, and to score once at the end.
+        folder: the run's folder: metrics.jsonl, checkpoints/, settings.json, results.json, final/.
+
+    Returns:
+        The results: `best_step`, and the scores of each part by its name. Empty where a signal stopped the run.
+    """
+    state_of_processes = PartialState()
+    rank, world_size = state_of_processes.process_index, state_of_processes.num_processes
+    device, is_main = state_of_processes.device, state_of_processes.is_main_process
+    model, config = task.model, task.model.config
+
+    train, valid, *tests = (long_enough(part, task) for part in (train, valid, *tests))
+
+    # ---- the folder, and where an earlier start of this run stopped
+    checkpoints = Checkpoints(folder / "checkpoints", keep_latest=1)
+    with state_of_processes.main_process_first():
+        if is_main:
+            lock = RunLock(folder)
+            checkpoints.remove_partial()
+        checkpoint = checkpoints.newest()
+        if is_main:
+            for note in settle(folder, task.description, settings, checkpoint is not None):
+                say(note)
+    state = checkpoint.state if checkpoint else TrainerState(data=train.source.fingerprint)
+    if checkpoint:
+        checkpoint.load_model(model)
+        say(f"Continuing from {checkpoint.folder}.")
+
+    # ---- model and optimizer
+    model.to(device)
+    set_trainable(model, settings, encoder=not settings.freeze_encoder)
+    section = settings.schedule
+    optimizer = make_optimizer(model, settings)
+    if checkpoint:
+        checkpoint.load_optimizer(optimizer, {parameter: name for name, parameter in model.named_parameters()})
+    # The optimizer knows all that ever trains; what has no gradient yet it passes over.
+    set_trainable(model, settings, encoder=settings.trains_encoder(state.step + 1))
+    shared, parameters = share(task, device, world_size)
+
+    # ---- batches, and what is reported
+    lengths = np.zeros_like(train.source.num_samples)
+    lengths[train.indices] = train.source.num_samples[train.indices]
+    sampler = BucketSampler(
+        lengths,
+        max_batch_length=round(settings.batch_seconds * SAMPLING_RATE),
+        min_sample_size=min_samples(config),
+        max_sample_size=task.max_samples,
+        padding=True,
+        num_buckets=_NUM_BUCKETS,
+        bucket_method="percentile",
+        seed=settings.seed,
+        rank=rank,
+        world_size=world_size,
+        accumulation=settings.accumulation,
+    )
+    sampler.position = Position(state.epoch, state.batch)
+    workers = DataSection(num_workers=settings.num_workers)
+    dataset = task.batches(train, training=True, seed=settings.seed)
+    loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
+    say(
+        f"{len(train)} utterances, {sampler.hours:.2f} h; {sampler.updates_per_epoch()} updates per epoch; "
+        f"{world_size} process{'es' * (world_size > 1)} on {device.type}"
+    )
+    reporter = Reporter(folder, settings, state, is_main)
+    stop = StopSignal(device, folders=[checkpoints.folder])
+    precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.dtype == "bfloat16")
+    batches = iter(loader) if state.step < settings.steps else None
+    train_mode(model, settings)
+
+    for step in range(state.step + 1, settings.steps + 1):
+        lr = learning_rate(section, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["relative_lr"]
+        if step == settings.freeze_encoder_steps + 1 and step > state.step and settings.freeze_encoder_steps:
+            set_trainable(model, settings, encoder=settings.trains_encoder(step))
+            shared = None
+            shared, parameters = share(task, device, world_size)
+
+        totals = torch.zeros(2, device=device)
+        for turn in range(settings.accumulation):
+            batch = next(batches)  # type: ignore[arg-type]
+            reporter.batch(batch)
+            # Named after the batch, the random numbers of dropout and masks need not be saved.
+            torch.manual_seed(dropout_seed(settings.seed, batch.key))
+            alone = world_size == 1 or turn == settings.accumulation - 1
+            with nullcontext() if alone else shared.no_sync():
+                with precision:
+                    loss = shared(**batch.to(device).inputs).loss
+                count = task.count(batch.labels)
+                # A sum: over how many, only the whole update knows.
+                (loss * count).backward()
+            totals += torch.stack([loss.detach().float() * count, torch.as_tensor(count, device=device).float()])
+        if world_size > 1:
+            dist.all_reduce(totals)
+        norm = scale_and_clip(parameters, world_size / totals[1], settings.max_norm)
+        mean_loss, grad_norm = torch.stack([totals[0] / totals[1], norm]).tolist()
+        if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+            optimizer.step()
+            state.nonfinite_in_a_row = 0
+            reporter.averages.add({"loss": mean_loss, "grad_norm": grad_norm})
+        else:
+            state.skipped_steps += 1
+            state.nonfinite_in_a_row += 1
+            say(f"Step {step}: loss {mean_loss}, gradient norm {grad_norm}. The update is skipped.")
+            if state.nonfinite_in_a_row >= _MAX_NONFINITE:
+                raise RunFolderError(
+                    f"{_MAX_NONFINITE} updates in a row had a non-finite loss or gradient, the last at step {step}. "
+                    "Start anew with a lower --lr or with --dtype float32."
+                )
+        optimizer.zero_grad()
+
+        state.step, (state.epoch, state.batch) = step, batch.key.following
+        evaluating = step % settings.eval_interval == 0 or step == settings.steps
+        scores = {}
+        if evaluating:
+            scores = evaluate(task, valid, settings, device)
+            train_mode(model, settings)
+        reporter.update(step, batch.key.epoch, lr, scores)
+        stopping = stop.agreed() and step < settings.steps
+        if evaluating and is_main and reporter.is_best(step, scores[task.metric], task.lower_is_better):
+            with replaced_file(folder / BEST_FILE) as partial:
+                save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+        if (evaluating or stopping) and is_main:
+            state.metrics = reporter.state()
+            state.world_size, state.accumulation = world_size, settings.accumulation
+            checkpoints.save(state, model, optimizer)
+        if is_main:
+            checkpoints.check()
+        if stopping:
+            break
+
+    # ---- the end: the best weights, scored and saved
+    stop.finish()
+    reporter.close()
+    del batches
+    shared = None
+    gc.collect()
+    if is_main:
+        checkpoints.wait()
+    state_of_processes.wait_for_everyone()
+    results: dict[str, Any] = {}
+    if state.step >= settings.steps:
+        results = finish(task, [valid, *tests], settings, folder, device)
+    else:
+        say(f"{stop.received}: saved step {state.step}. The same command continues from there.")
+    if is_main:
+        lock.release()
+    state_of_processes.wait_for_everyone()
+    return results
+
+
+def finish(task: Task, parts: Sequence[Part], settings: Settings, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Score the best weights on each part, and write results.json and final/."""
+    is_main = PartialState().is_main_process
+    task.model.load_state_dict(load_file(folder / BEST_FILE))
+    step = best_step(folder, task.metric, task.lower_is_better)
+    results: dict[str, Any] = {"steps": settings.steps, "best_step": step, "scores": {}}
+    for part in parts:
+        scores = evaluate(task, part, settings, device)
+        results["scores"][part.name] = {"utterances": len(part), **scores}
+    if is_main:
+        with replaced_folder(folder / "final") as partial:
+            task.save(partial)
+            card = finetuned_card(task.model.config, task.description, results, asdict(settings))
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def set_trainable(model: SpidrHeadModel, settings: Settings, *, encoder: bool) -> None:
+    """Which parameters train: the head always, the encoder if said so, the feature extractor if settings say so."""
+    model.requires_grad_(True)
+    model._set_trainable()
+    if not settings.train_extractor:
+        model.freeze_feature_encoder()
+    if not encoder:
+        model.freeze_base_model()
+
+
+def make_optimizer(model: SpidrHeadModel, settings: Settings) -> torch.optim.AdamW:
+    """AdamW over what ever trains, in two groups, encoder and head, with learning rates in a fixed proportion."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    encoder = [parameter for name, parameter in trained if name.startswith("spidr.")]
+    head = [parameter for name, parameter in trained if not name.startswith("spidr.")]
+    groups = [
+        {"params": group, "relative_lr": relative}
+        for group, relative in ((encoder, 1.0), (head, settings.head_lr / settings.lr))
+        if group
+    ]
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+def train_mode(model: SpidrHeadModel, settings: Settings) -> None:
+    """Train mode; of an encoder that never trains, eval mode: probing is on its features as they are."""
+    model.train()
+    if settings.freeze_encoder:
+        model.spidr.eval()
+
+
+def share(task: Task, device: torch.device, world_size: int) -> tuple[nn.Module, list[nn.Parameter]]:
+    """The model as the processes share it, and what trains; anew whenever the latter changes."""
+    model = task.model
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if world_size == 1:
+        return model, parameters
+    gc.collect()
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        shared = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type != "cpu" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    # After its first backward DDP arranges its buckets, and the order of its sums, anew: got over with here, a resumed
+    # run sums as one never interrupted.
+    silence = torch.zeros(1, SAMPLING_RATE, device=device)
+    frames = int(model._get_feat_extract_output_lengths(SAMPLING_RATE))
+    shared(silence, labels=task.example_labels(frames).to(device)).loss.backward()
+    model.zero_grad()
+    return shared, parameters
+
+
+__all__ = ["finetune", "set_trainable"]

@@ -1,0 +1,67 @@
+"""Pictures of fine-tuning runs: curves of loss and scores, and the weights of a learned sum over layers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..plots.curves import FAINT, INK
+
+_COLOURS = ("#d9604c", "#2fa39a", "#4f86c6", "#f2a93b")
+_PREFIX = "valid_"
+
+
+def curves_figure(rows: Sequence[Mapping[str, Any]], best_step: int | None = None) -> Figure:
+    """
+    Losses of training and validation on the left, validation scores in per cent on the right, over the steps.
+
+    Args:
+        rows: The rows of a `metrics.jsonl`.
+        best_step: Where the weights that were kept are marked.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    trained = [row for row in rows if row["loss"] is not None]
+    left.plot([row["step"] for row in trained], [row["loss"] for row in trained], color=_COLOURS[2], lw=1.6)
+    left.lines[0].set_label("training")
+    validated = [row for row in rows if any(name.startswith(_PREFIX) for name in row)]
+    steps = [row["step"] for row in validated]
+    names = [name for name in (validated[0] if validated else ()) if name.startswith(_PREFIX)]
+    if f"{_PREFIX}loss" in names:
+        values = [row.get(f"{_PREFIX}loss") for row in validated]
+        left.plot(steps, values, color=_COLOURS[3], lw=2, marker="o", ms=4, label="validation")
+    for name, colour in zip((n for n in names if n != f"{_PREFIX}loss"), _COLOURS, strict=False):
+        values = [100 * row[name] for row in validated]
+        right.plot(steps, values, color=colour, lw=2, marker="o", ms=4, label=name.removeprefix(_PREFIX))
+    right.set_ylim(bottom=0)
+    if best_step is not None:
+        right.axvline(best_step, color=FAINT, lw=1, ls=(0, (4, 3)), label="kept")
+    for axes, title in ((left, "Loss"), (right, "Validation, %")):
+        _style(axes, title, "step")
+        if axes.lines:
+            axes.legend(frameon=False, labelcolor=INK)
+    return figure
+
+
+def layer_weights_figure(weights: Sequence[float]) -> Figure:
+    """Bars of the shares in a learned sum of the encoder's input and every layer's output (after the residual)."""
+    figure = Figure(figsize=(max(5.0, 0.45 * len(weights) + 2), 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(weights)), weights, color=_COLOURS[1])
+    axes.axhline(1 / len(weights), color=FAINT, lw=1, ls=(0, (4, 3)))
+    axes.set_xticks(range(len(weights)), ["input", *map(str, range(1, len(weights)))])
+    _style(axes, "Weights of the layers' outputs", "layer")
+    return figure
+
+
+def _style(axes: Any, title: str, xlabel: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
+    axes.set_xlabel(xlabel, color=INK)
+    axes.tick_params(colors=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(FAINT)
+    axes.grid(axis="y", color="#e8ebee", lw=0.8)
+    axes.set_axisbelow(True)
+
+
+__all__ = ["curves_figure", "layer_weights_figure"]

@@ -1,0 +1,1 @@
+"""Pictures: of utterances and scores, and of a run as it goes."""

@@ -1,0 +1,428 @@
+"""The parts of a pretraining step that are more than one line in the loop of `examples/pretrain.py`."""
+
+import dataclasses
+import gc
+import importlib.util
+import math
+import os
+import sys
+import uuid
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..codebooks_spidr import SpidrTrainingStatistics
+from ..configuration_spidr import SpidrConfig
+from ..feature_extraction_spidr import SpidrFeatureExtractor
+from ..hub.card import trained_card
+from ..layers_spidr import receptive_field
+from ..modeling_spidr import SpidrForPretraining
+from ..system.files import replaced_folder, write_text
+from ..training.run_state import RunFolderError, whole_copies
+from ..training.sharding import global_norm, is_sharded, local_shard
+from ..training.transfers import HostCopy
+from .config import FREEZABLE, ConfigError, OptimizerSection, PretrainingConfig
+
+_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
+# Fewer masked frames than this per codeword and update, and codewords starve at a decay above the one below.
+_FRAMES_PER_CODEWORD = 10
+_SMALL_BATCH_DECAY = 0.75
+_COLLAPSE_SHARE = 0.25
+# How long processes wait for one that scans audio, or writes to a slow disk. (NCCL by itself: ten minutes.)
+_PATIENCE = timedelta(hours=1)
+
+
+def make_accelerator(config: PretrainingConfig, output_dir: str | Path) -> tuple[Accelerator, list[str]]:
+    """Process group, device, autocast and trackers of a run; and what the user should know about them."""
+    notes = []
+    dtype = config.optimizer.dtype
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", _PRECISIONS[dtype]):
+        notes.append(f"the launcher asks for {launched}, `optimizer.dtype` for {dtype}: {dtype} it is.")
+    tracker = config.run.tracker
+    if tracker == "auto":
+        tracker = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no" if dtype == "float16" else _PRECISIONS[dtype],
+            log_with=None if tracker == "none" else tracker,
+            project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )
+    except ValueError as error:
+        raise ConfigError(f"`optimizer.dtype` is {dtype}, `run.tracker` {tracker}: {error}") from error
+    if dtype == "float16" and accelerator.device.type == "cpu":
+        raise ConfigError("`optimizer.dtype` float16 needs a GPU. Use bfloat16 or float32 on CPU.")
+    return accelerator, notes
+
+
+def start_trackers(accelerator: Accelerator, config: PretrainingConfig, output_dir: str | Path) -> None:
+    """Begin the curves of the tracker that `run.tracker` names, if any, or go on with those of a run that goes on."""
+    if not accelerator.log_with or not accelerator.is_main_process:
+        return
+    run, folder = config.run, Path(output_dir)
+    name = run.wandb_name or folder.resolve().name
+    wandb = {"name": name, "dir": str(folder), "id": _tracker_id(folder), "resume": "allow"}
+    if run.wandb_mode is not None:
+        wandb["mode"] = run.wandb_mode
+    if run.tracker in ("auto", "tensorboard"):
+        accelerator.init_trackers("tensorboard")
+        return
+    init = {"wandb": wandb, "trackio": {"name": name, "resume": "allow"}}
+    accelerator.init_trackers(run.wandb_project or "spidr", config=config.to_dict(), init_kwargs=init)
+
+
+def end_trackers() -> None:
+    """Let a tracker end that has threads and processes of its own (wandb), once its run is finished.
+
+    Left to the end of the interpreter, its threads could be caught in the middle of something.
+    """
+    if (wandb := sys.modules.get("wandb")) is not None:
+        with suppress(SystemExit):  # it would end this process where its own did not end well
+            wandb.teardown()
+
+
+def _tracker_id(folder: Path) -> str:
+    """A name for the run of this folder that no other run has."""
+    path = folder / ".tracker_id"
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8")
+
+
+def autocast(config: PretrainingConfig, device: torch.device) -> torch.autocast:
+    """Autocast in `optimizer.dtype`."""
+    if config.optimizer.dtype == "float32":
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=getattr(torch, config.optimizer.dtype))
+
+
+def spidr_name(name: str) -> str:
+    """A parameter's name in SpidR's own code, which `exclude_from_optimizer` goes by."""
+    name = name.removeprefix("spidr.")
+    if name == "masked_spec_embed":
+        return "mask_embedding"
+    return "student." + name.removeprefix("encoder.") if name.startswith("encoder.") else name
+
+
+def exclude_parameters(model: nn.Module, config: PretrainingConfig) -> None:
+    """Stop training what `exclude_from_optimizer` names, and a mask embedding that a run without masks never reads."""
+    prefixes = tuple(config.optimizer.exclude_from_optimizer)
+    if config.masking.spans() is None:
+        prefixes += ("mask_embedding",)
+    for name, parameter in model.named_parameters():
+        if spidr_name(name).startswith(prefixes):
+            parameter.requires_grad_(False)
+
+
+def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
+    """AdamW over what trains, in two groups; the second leaves at the freeze (`drop_frozen`)."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    freezes = [p for name, p in trained if spidr_name(name).startswith(FREEZABLE)]
+    stays = [p for name, p in trained if not spidr_name(name).startswith(FREEZABLE)]
+    groups = [{"params": group} for group in (stays, freezes) if group]
+    return torch.optim.AdamW(
+        groups,
+        lr=section.lr,
+        betas=tuple(section.betas),
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        fused=True,
+    )
+
+
+def drop_frozen(optimizer: torch.optim.Optimizer) -> None:
+    """Let parameters that no longer train leave the optimizer, weight decay and moments included."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                optimizer.state.pop(parameter, None)
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def distribute(model: SpidrForPretraining, accelerator: Accelerator) -> nn.Module:
+    """The model as the processes share it: in DDP, or as it is where there is one process or it is sharded.
+
+    It is to be wrapped anew after the freeze, since gradients that never come block DDP.
+    """
+    if accelerator.num_processes == 1 or is_sharded(model):
+        return model
+    gc.collect()  # an earlier wrapping's hooks go with it
+    device = accelerator.device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the newer name of `broadcast_buffers` is too new
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type != "cpu" else None,
+            # Codebooks and step move alike on every process; the model's own all-reduce sees to it.
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    # After its first backward DDP arranges its buckets anew, and with them the order of its sums. A pass over two
+    # frames of silence gets that over with, so that a resumed run sums in the order of one never interrupted.
+    silence = torch.zeros(1, receptive_field(model.config) + model.config.inputs_to_logits_ratio, device=device)
+    masked = (
+        torch.zeros(1, 1, dtype=torch.int64, device=device) if model.spidr.masked_spec_embed.requires_grad else None
+    )
+    wrapped(silence, mask_time_indices=masked).loss.backward()
+    model.discard_statistics()
+    model.zero_grad()
+    return wrapped
+
+
+def compile_layers(model: SpidrForPretraining, convolutions: bool = False, **options: Any) -> None:
+    """Compile each transformer layer of student and teacher: one small graph, used many times.
+
+    Batches and lengths are symbols from the start, so that no length costs a compilation. `options` go to
+    `torch.compile`.
+
+    Args:
+        convolutions: compile feature extractor and positional convolutions, too. Without it they run as what they are
+            made of: the extractor as matrix products over the batch laid end to end, each followed by the own kernel
+            for norm and GELU; the positional convolutions as the own grouped kernel and the same norm and GELU (both
+            in plain form where own kernels are off or cannot run). Compiled, the extractor's convolutions are cuDNN's
+            and the compiler fuses norm and GELU, or leaves them to the own kernel where that is on.
+            `examples/benchmark_cuda.py` times every combination and names the fastest.
+    """
+    for encoder in (model.spidr.encoder, model.teacher):
+        for layer in encoder.layers:
+            layer.compile(dynamic=True, **options)
+    if convolutions:
+        for module in (model.spidr.feature_extractor, model.spidr.encoder.pos_conv_embed, model.teacher.pos_conv_embed):
+            module.compile(dynamic=True, **options)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Where compiled code goes, to be found by the next start; variables that say otherwise hold."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute() / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder.absolute() / "triton"))
+
+
+@torch.no_grad()
+def scale_and_clip(parameters: Sequence[nn.Parameter], scale: Tensor, max_norm: float) -> Tensor:
+    """Multiply all gradients by `scale`, then clip their norm, in one pass. Returns the norm between the two.
+
+    With gradients of sums over frames, `scale` = processes / masked frames of the whole update makes them those of the
+    mean over all frames of all processes (whose gradients DDP has averaged).
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = global_norm(gradients) * scale
+    gradients = [local_shard(gradient) for gradient in gradients]
+    torch._foreach_mul_(gradients, scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm
+
+
+@dataclass
+class StepResult:
+    """What an update reports, over all processes: means over masked frames, the gradient norm before clipping, and
+    for each codebook its loss and how many of its codewords were assigned."""
+
+    loss: float
+    target_ppl: float
+    pred_ppl: float
+    grad_norm: float
+    layer_losses: list[float]
+    active_codewords: list[float]
+
+    @staticmethod
+    def send(statistics: SpidrTrainingStatistics, grad_norm: Tensor) -> "PendingResult":
+        """Begin to fetch the numbers from the device, in one transfer. They are the same on every process."""
+        scalars = torch.stack([statistics.loss, statistics.target_ppl, statistics.pred_ppl, grad_norm])
+        values = torch.cat([scalars, statistics.layer_losses, statistics.active_codewords])
+        return PendingResult(HostCopy(values), len(statistics.layer_losses))
+
+    @classmethod
+    def fetch(cls, statistics: SpidrTrainingStatistics, grad_norm: Tensor) -> "StepResult":
+        """The numbers from the device, waiting for them."""
+        return cls.send(statistics, grad_norm).result()
+
+    @property
+    def finite(self) -> bool:
+        """Whether the update may be made."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    def as_dict(self) -> dict[str, float | list[float]]:
+        """By name."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class PendingResult:
+    """A `StepResult` on its way from the device."""
+
+    values: HostCopy
+    codebooks: int
+
+    def result(self) -> StepResult:
+        """The numbers, once they are there."""
+        values = self.values.tolist()
+        middle = 4 + self.codebooks
+        loss, target_ppl, pred_ppl, grad_norm = values[:4]
+        return StepResult(loss, target_ppl, pred_ppl, grad_norm, values[4:middle], values[middle:])
+
+
+class LossScale:
+    """Dynamic loss scaling for float16: halved by a non-finite gradient, doubled after many finite ones.
+
+    The loss is a sum over frames, not a mean, so the scale starts far below PyTorch's.
+    """
+
+    def __init__(self, enabled: bool, state: Mapping[str, float] | None = None):
+        self.enabled = enabled
+        self.value = 16.0 if enabled else 1.0
+        self._since_change = 0
+        if enabled and state:
+            self.value, self._since_change = state["value"], int(state["since_change"])
+
+    @property
+    def explains_overflow(self) -> bool:
+        """Whether a non-finite gradient may be the scale's doing, so that another try is due."""
+        return self.enabled and self.value > 1.0
+
+    def update(self, finite: bool) -> None:
+        """Take note of an update."""
+        if not self.enabled:
+            return
+        self._since_change += 1
+        if not finite:
+            self.value, self._since_change = max(1.0, self.value / 2), 0
+        elif self._since_change == 2000:
+            self.value, self._since_change = self.value * 2, 0
+
+    def state(self) -> dict[str, float]:
+        """For the checkpoint."""
+        return {"value": self.value, "since_change": self._since_change}
+
+
+class CollapseWatch:
+    """Notices when targets fall onto few codewords: the loss then looks better than ever, and nothing is learnt.
+
+    It compares target perplexity and the active codewords of each codebook with the highest they have been.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None):
+        state = state or {}
+        self._highest: list[float] = state.get("highest", [])
+        self._warned_at: float = state.get("warned_at", _COLLAPSE_SHARE)
+
+    def look(self, target_ppl: float, active_codewords: Sequence[float]) -> str | None:
+        """A warning with advice when the smallest share of the highest value is below a quarter (then half of that)."""
+        values = [target_ppl, *active_codewords]
+        self._highest = [max(pair) for pair in zip(self._highest or values, values, strict=True)]
+        share = min(value / max(highest, 1e-9) for value, highest in zip(values, self._highest, strict=True))
+        if share >= self._warned_at:
+            return None
+        self._warned_at = share / 2
+        active = ", ".join(f"{value:.0f}" for value in active_codewords)
+        return (
+            f"THE CODEBOOKS ARE COLLAPSING: target perplexity {target_ppl:.1f} ({self._highest[0]:.1f} at its best), "
+            f"active codewords per codebook {active}. What helps: more audio per update "
+            "(optimizer.gradient_accumulation_steps, more processes), a smaller model.codebook_decay (0.5 to 0.7 with "
+            "small batches), a lower optimizer.lr, optimizer.dtype float32; from an earlier checkpoint."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"highest": self._highest, "warned_at": self._warned_at}
+
+
+def small_batch_note(config: PretrainingConfig, world_size: int) -> str | None:
+    """A warning when an update has too few masked frames for codebooks with so slow a decay."""
+    updates = world_size * config.optimizer.gradient_accumulation_steps
+    frames = updates * config.data.max_batch_length / config.model.inputs_to_logits_ratio
+    spans = config.masking.spans()
+    masked = frames * (1 - math.exp(-spans.prob)) if spans else frames
+    per_codeword = masked / config.model.codebook_size
+    if per_codeword >= _FRAMES_PER_CODEWORD or not _SMALL_BATCH_DECAY < config.model.codebook_decay < 1:
+        return None
+    return (
+        f"an update has about {masked:.0f} masked frames, {per_codeword:.1f} for each of "
+        f"{config.model.codebook_size} codewords: with model.codebook_decay {config.model.codebook_decay:g} codewords "
+        "die out. Use 0.5 to 0.7, or larger updates (optimizer.gradient_accumulation_steps)."
+    )
+
+
+def initial_model(config: SpidrConfig, seed: int) -> SpidrForPretraining:
+    """A new model; the same on every process."""
+    torch.manual_seed(seed)
+    return SpidrForPretraining(config)
+
+
+def gather_all(values: Sequence[Any]) -> list[Any]:
+    """The items of all processes' lists, on every process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return list(values)
+    gathered: list[Sequence[Any]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, list(values))
+    return [value for part in gathered for value in part]
+
+
+def whole_model(model: SpidrForPretraining, keep: bool = True) -> SpidrForPretraining:
+    """The model itself, or where it is sharded a whole copy in main memory, for the processes that `keep` it.
+
+    Every process of a sharded model must call it.
+    """
+    if not is_sharded(model):
+        return model
+    tensors = whole_copies(model.state_dict(), keep)
+    with torch.device("meta"):
+        whole = SpidrForPretraining(model.config)
+    if keep:
+        whole.load_state_dict(tensors, assign=True)
+    return whole
+
+
+def save_final(model: SpidrForPretraining, folder: str | Path, config: PretrainingConfig, summary: str) -> None:
+    """A Hub-ready model folder: weights, config, feature extractor, code files and a card.
+
+    Raises `RunFolderError` where it cannot be written.
+    """
+    with replaced_folder(Path(folder)) as partial:
+        try:
+            model.save_pretrained(partial)
+        except SafetensorError as error:
+            raise RunFolderError(
+                f"Cannot write the model into {folder}: {error}. Once the cause is removed, the same command does so."
+            ) from error
+        SpidrFeatureExtractor(do_normalize=config.data.normalize).save_pretrained(partial)
+        card = trained_card(model.config, summary, config.to_toml(), model_id=config.run.push_to_hub)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+__all__ = [
+    "CollapseWatch",
+    "LossScale",
+    "PendingResult",
+    "StepResult",
+    "autocast",
+    "compile_layers",
+    "distribute",
+    "drop_frozen",
+    "end_trackers",
+    "exclude_parameters",
+    "gather_all",
+    "initial_model",
+    "keep_compiled",
+    "make_accelerator",
+    "make_optimizer",
+    "save_final",
+    "scale_and_clip",
+    "small_batch_note",
+    "spidr_name",
+    "start_trackers",
+    "whole_model",
+]

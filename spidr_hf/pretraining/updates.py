@@ -1,0 +1,133 @@
+"""Updates: made where loss and gradient are finite, skipped where they are not, and reported once either way.
+
+On a GPU the decision is taken there: Python goes on with the next step, and reads a step's numbers when it has begun
+the one after. Where that cannot be (float16, whose loss scale the next step needs; shards) or gains nothing (CPU),
+Python reads them first. What is computed is the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..codebooks_spidr import SpidrTrainingStatistics
+from ..data.batches import Batch
+from ..modeling_spidr import SpidrForPretraining
+from ..training.run_state import RunFolderError, TrainerState
+from ..training.sharding import is_sharded
+from .setup import LossScale, PendingResult, StepResult
+
+
+class Listener(Protocol):
+    """Who is told of updates, in a run its `Reporter`."""
+
+    def batch(self, batch: Batch) -> None:
+        """A batch of an update that is reported next."""
+
+    def update(self, step: int, epoch: int, result: StepResult | None, lr: float, decay: float) -> None:
+        """An update; `result` None: it was skipped."""
+
+    def say(self, message: str | None) -> None:
+        """A line for the user."""
+
+
+@dataclass
+class _Waiting:
+    """An update of which the numbers have not been read."""
+
+    step: int
+    batches: Sequence[Batch]
+    lr: float
+    decay: float
+    numbers: PendingResult
+
+
+class Updates:
+    """Makes the updates of a run.
+
+    Args:
+        model, optimizer: what they move.
+        state: takes note of skipped updates.
+        loss_scale: of float16.
+        reporter: is told of every update, in order.
+        max_nonfinite: so many skipped updates in a row end the run.
+        late: read a step's numbers one step late; None: where it gains something.
+    """
+
+    def __init__(
+        self,
+        model: SpidrForPretraining,
+        optimizer: torch.optim.Optimizer,
+        state: TrainerState,
+        loss_scale: LossScale,
+        reporter: Listener,
+        max_nonfinite: int,
+        late: bool | None = None,
+    ):
+        self.model, self.optimizer, self.state, self.loss_scale = model, optimizer, state, loss_scale
+        self.reporter, self.max_nonfinite = reporter, max_nonfinite
+        on_gpu = next(model.parameters()).is_cuda
+        self.late = on_gpu and not is_sharded(model) and not loss_scale.enabled if late is None else late
+        self._waiting: _Waiting | None = None
+
+    def make(
+        self, step: int, batches: Sequence[Batch], lr: float, statistics: SpidrTrainingStatistics, grad_norm: Tensor
+    ) -> None:
+        """Move student, codebooks and teacher, if loss and gradient norm are finite on every process.
+
+        `statistics` and `grad_norm` are the same on all of them, so that all make the update or all skip it. Raises
+        `RunFolderError` after too many skipped updates in a row.
+        """
+        numbers = StepResult.send(statistics, grad_norm)
+        decay = self.model.teacher_decay(step)
+        if self.late:
+            finite = statistics.loss.isfinite() & grad_norm.isfinite()
+            # What a GradScaler would set: the fused optimizer then leaves parameters, moments and its step alone.
+            self.optimizer.found_inf = (~finite).float()
+            self.optimizer.step()
+            self.model.update_teacher(step, finite)
+        elif numbers.result().finite:
+            self.optimizer.step()
+            self.model.update_teacher(step)
+        else:
+            self.model.discard_statistics()
+        self.optimizer.zero_grad()
+        before, self._waiting = self._waiting, _Waiting(step, batches, lr, decay, numbers)
+        if not self.late:
+            self.settle()
+        elif before is not None:
+            self._report(before)
+
+    def settle(self) -> None:
+        """Read and report what has not been. To be called before anything that must know of every update."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._report(waiting)
+
+    def _report(self, update: _Waiting) -> None:
+        result, state = update.numbers.result(), self.state
+        if result.finite:
+            state.nonfinite_in_a_row = 0
+        else:
+            state.skipped_steps += 1
+            state.nonfinite_in_a_row += not self.loss_scale.explains_overflow
+            self.reporter.say(
+                f"Step {update.step}: loss {result.loss}, gradient norm {result.grad_norm}. The update is skipped "
+                f"({state.skipped_steps} so far)."
+            )
+        self.loss_scale.update(result.finite)
+        for batch in update.batches:
+            self.reporter.batch(batch)
+        epoch = update.batches[-1].key.epoch
+        self.reporter.update(update.step, epoch, result if result.finite else None, update.lr, update.decay)
+        if state.nonfinite_in_a_row >= self.max_nonfinite:
+            raise RunFolderError(
+                f"{state.nonfinite_in_a_row} updates in a row had a non-finite loss or gradient, the last at step "
+                f"{update.step} (loss {result.loss}, gradient norm {result.grad_norm}). Go on from the checkpoint "
+                "before with a lower optimizer.lr or with optimizer.dtype float32."
+            )
+
+
+__all__ = ["Listener", "Updates"]

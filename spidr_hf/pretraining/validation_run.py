@@ -1,0 +1,407 @@
+"""Validation of a run: its results in `validation.jsonl`, by the training processes or by one that follows them.
+
+`validation.jsonl` lies beside `metrics.jsonl`, which belongs to training alone, and has one row per step and data set.
+A row says which weights it is about (`checkpoint`, a checksum; null when the training processes validated) and with
+which data and masks (`data`), so that nothing is computed twice and what is outdated is replaced.
+"""
+
+import fcntl
+import importlib.util
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_trackers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+
+from ..modeling_spidr import SpidrForPretraining
+from ..system.files import write_text
+from ..training.run_state import MODEL_FILE, STATE_FILE, Checkpoints
+from .config import INHERITED, ConfigError, DataSection, PretrainingConfig, load_config
+from .reporter import curves
+from .setup import autocast, end_trackers, gather_all
+from .validation import ValidationSet, open_sets
+
+FILE_NAME, PLOT_NAME = "validation.jsonl", "validation.png"
+_PLOT_INTERVAL = 60.0  # seconds, while there are further checkpoints to validate
+_HOW_TO_ADD = (
+    "there is nothing to validate on: add a section to the run's config, for example\n"
+    '[validation.dev]\nmanifest = "dev.csv"\nalignments_path = "dev-alignments.jsonl"  # if phones are known\n'
+    "or pass --data DATA [--alignments FILE]."
+)
+
+
+class ValidationFile:
+    """`validation.jsonl` of a run's folder. Several processes may write to it."""
+
+    def __init__(self, run_dir: str | Path):
+        self.path = Path(run_dir) / FILE_NAME
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, by step and name. A line that was cut off when its process was killed is passed over."""
+        rows = {}
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        for line in lines:
+            try:
+                row = json.loads(line)
+                rows[row["step"], row["name"]] = row
+            except (ValueError, TypeError, KeyError):
+                continue
+        return [rows[key] for key in sorted(rows)]
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add a row, in place of one of the same step and name; it is on disk on return."""
+        key = (row["step"], row["name"])
+        with self._locked():
+            self._replace([old for old in self.rows() if (old["step"], old["name"]) != key] + [dict(row)])
+
+    def forget_after(self, step: int) -> None:
+        """Remove what training itself validated after `step`, from where it goes on."""
+        with self._locked():
+            rows = self.rows()
+            kept = [row for row in rows if row["step"] <= step or row["checkpoint"] is not None]
+            if len(kept) < len(rows):
+                self._replace(kept)
+
+    def has(self, step: int, validation: ValidationSet, checkpoint: str | None = None) -> bool:
+        """Whether there is a row of this step and data; of that checkpoint, where its checksum is given and known."""
+        return any(
+            row["step"] == step
+            and row["name"] == validation.name
+            and row["data"] == validation.fingerprint
+            and (checkpoint is None or row["checkpoint"] in (None, checkpoint))
+            for row in self.rows()
+        )
+
+    def _replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        ordered = sorted(rows, key=lambda row: (row["step"], row["name"]))
+        write_text(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in ordered))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        # The file itself is replaced, so that a lock on it would hold nobody off.
+        with open(self.path.with_name(".validation.lock"), "w") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            yield
+
+
+class InlineValidation:
+    """Validation by the training processes, every `run.validate_interval` updates, the first before any.
+
+    All of them make one and call it alike.
+    """
+
+    def __init__(self, config: PretrainingConfig, output_dir: Path, accelerator: Accelerator):
+        if not config.validation:
+            raise ConfigError(f"`run.validate_interval` is {config.run.validate_interval}, and {_HOW_TO_ADD}")
+        self._interval, self._last = config.run.validate_interval, config.optimizer.max_steps
+        self._accelerator, self._first_layer = accelerator, config.model.first_codebook_layer
+        with accelerator.main_process_first():
+            self.sets = open_sets(config, output_dir, progress=accelerator.is_main_process)
+        self._file = ValidationFile(output_dir)
+        self._precision = autocast(config, accelerator.device)
+
+    def due(self, step: int) -> list[ValidationSet]:
+        """The data sets that this step is still to be validated on: after an interruption, those that are missing."""
+        if step % self._interval and step != self._last:
+            return []
+        # What the first process sees counts: another may see a shared folder with a delay.
+        missing = [validation.name for validation in self.sets if not self._file.has(step, validation)]
+        missing = gather_all([missing])[0]
+        return [validation for validation in self.sets if validation.name in missing]
+
+    def __call__(
+        self,
+        step: int,
+        model: SpidrForPretraining,
+        say: Callable[[str], None],
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> float:
+        """Validate where it is due. Returns the seconds that it took."""
+        start, accelerator = time.perf_counter(), self._accelerator
+        for validation in self.due(step):
+            scores = validation.evaluate(
+                model,
+                self._precision,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                interrupted=interrupted,
+            )
+            if scores is None:  # the run is told to stop, and makes up for this when it goes on
+                break
+            row = _row(step, validation, scores, None)
+            accelerator.log(_curves(row), step=step)
+            if accelerator.is_main_process:
+                self._file.write(row)
+                say(describe(row, self._first_layer))
+                for note in validation.new_notes():
+                    say(f"[validation.{validation.name}]: {note}.")
+        return time.perf_counter() - start
+
+
+class RunFollower:
+    """Validates the checkpoints of a run's folder, in a process of its own; training does not notice.
+
+    Args:
+        run_dir: the run's folder.
+        data: validate on this instead of the config's `[validation.<name>]` (DATA, alignments or None).
+        device: where to compute.
+        dtype: precision instead of the run's.
+        wait: seconds between looks for a run that has not begun yet; None: it must have.
+        say: takes a line for the user.
+
+    Raises `ConfigError` or `ManifestError` for what cannot be validated on.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        data: tuple[str, str | None] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: str | None = None,
+        wait: float | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        self.run_dir, self.device, self.say = Path(run_dir), torch.device(device), say
+        self._data, self._dtype = data, dtype
+        self.file = ValidationFile(run_dir)
+        self._checkpoints = Checkpoints(self.run_dir / "checkpoints")
+        self._passed_over: set[tuple[int, str | None]] = set()
+        self._model: SpidrForPretraining | None = None
+        self._tracker: GeneralTracker | None = None
+        self._tracks = True
+        self._plotted = time.monotonic()
+        self._config_text: str | None = None
+        while wait is not None and not (self.run_dir / "config.toml").exists():
+            time.sleep(wait)
+        self.config, self.sets = self._reload()
+
+    def catch_up(self) -> int:
+        """Validate every checkpoint that there is and was not validated; returns how many there were."""
+        count = 0
+        while self.validate_next():
+            count += 1
+        if count and self.file.rows():
+            self._plot()
+        return count
+
+    def follow(self, poll: float) -> None:
+        """Validate checkpoints as they appear, until the run has finished and its last weights are validated.
+
+        A run that is interrupted is waited for: it may go on at any time.
+        """
+        while True:
+            self.catch_up()
+            if self.finished():
+                return
+            time.sleep(poll)
+            self.config, self.sets = self._reload()
+
+    def state(self) -> str:
+        """What there is, for a message."""
+        names = ", ".join(validation.name for validation in self.sets)
+        if not (folders := self._folders()):
+            return f"{self.run_dir} has no checkpoint yet."
+        return f"all {len(folders)} checkpoints of {self.run_dir} are validated on {names} or were passed over."
+
+    def finished(self) -> bool:
+        """Whether training has reached the last step of its (present) config and left its model."""
+        final = self._final_step()
+        return final is not None and final >= self.config.optimizer.max_steps
+
+    def validate_next(self) -> bool:
+        """Validate the earliest checkpoint for which there is anything to do; False where there is none."""
+        for step, folder, checksum in self._folders():
+            due = [validation for validation in self.sets if not self.file.has(step, validation, checksum)]
+            if due and (step, checksum) not in self._passed_over:
+                self._validate(step, folder, checksum, due)
+                return True
+        return False
+
+    def _validate(self, step: int, folder: Path, checksum: str | None, due: Sequence[ValidationSet]) -> None:
+        try:
+            self._load(folder)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = f"is damaged ({error})" if folder.exists() else "was deleted while it was read (run.keep_latest)"
+            self.say(f"{folder} {reason} and is passed over.")
+            self._passed_over.add((step, checksum))
+            return
+        logged: dict[str, float] = {}
+        for validation in due:
+            scores: Any = validation.evaluate(self._model, self._precision())  # type: ignore[arg-type]  # it is loaded
+            row = _row(step, validation, scores, checksum or "final")
+            self.file.write(row)
+            logged |= _curves(row)
+            self.say(describe(row, self.config.model.first_codebook_layer))
+            for note in validation.new_notes():
+                self.say(f"[validation.{validation.name}]: {note}.")
+        self._log(logged, step)
+        if time.monotonic() - self._plotted > _PLOT_INTERVAL:
+            self._plot()
+
+    def _plot(self) -> None:
+        """The curves as a picture, where matplotlib is installed."""
+        self._plotted = time.monotonic()
+        if importlib.util.find_spec("matplotlib"):
+            from ..plots.figures import save_figure, validation_figure
+
+            rows = self.file.rows()
+            save_figure(validation_figure(rows, self.config.model.first_codebook_layer), self.run_dir / PLOT_NAME)
+
+    def _folders(self) -> list[tuple[int, Path, str | None]]:
+        """Step, folder and checksum of the weights of every checkpoint; and of `final` (checksum None) where its step
+        has no checkpoint."""
+        steps = self._checkpoints.steps()
+        folders: list[tuple[int, Path, str | None]] = []
+        for step in steps:
+            folder = self._checkpoints.folder / f"step_{step}"
+            # A checkpoint without a state is being deleted.
+            if (checksum := _checksum(folder)) is not None:
+                folders.append((step, folder, checksum))
+        final = self._final_step()
+        return folders if final is None or final in steps else [*folders, (final, self.run_dir / "final", None)]
+
+    def _final_step(self) -> int | None:
+        try:
+            with safe_open(self.run_dir / "final" / MODEL_FILE, framework="pt") as file:
+                return int(file.get_tensor("current_step").item())
+        except (OSError, SafetensorError):
+            return None
+
+    def _load(self, folder: Path) -> None:
+        # Not mapped into memory: reading on in a mapped file that is deleted on a network file system kills a process.
+        tensors = load((folder / MODEL_FILE).read_bytes())
+        if self._model is None:
+            self._model = SpidrForPretraining(self.config.model).to(self.device).eval()
+        self._model.load_state_dict(tensors)
+
+    def _precision(self) -> torch.autocast:
+        dtype = self._dtype or self.config.optimizer.dtype
+        if dtype == "float32" or (dtype == "float16" and self.device.type == "cpu"):
+            return torch.autocast(self.device.type, enabled=False)
+        return torch.autocast(self.device.type, dtype=getattr(torch, dtype))
+
+    def _reload(self) -> tuple[PretrainingConfig, list[ValidationSet]]:
+        """The run's config and data sets; a run that goes on may have changed them."""
+        path = self.run_dir / "config.toml"
+        if not path.exists():
+            raise ConfigError(f"{self.run_dir} is no run's folder: there is no config.toml in it.")
+        text = path.read_text(encoding="utf-8")
+        if text == self._config_text:
+            return self.config, self.sets
+        config = load_config(path)
+        if self._data is not None:
+            name, section = _section(config, *self._data)
+            config.validation = {name: section}
+        if not config.validation:
+            raise ConfigError(f"{path}: {_HOW_TO_ADD}")
+        same = self._config_text is not None and config.validation == self.config.validation
+        self._config_text = text
+        return config, self.sets if same else open_sets(config, self.run_dir)
+
+    def _log(self, values: Mapping[str, float], step: int) -> None:
+        """Curves for the run's tracker, in a run of their own beside training's."""
+        if self._tracker is None and self._tracks:
+            self._tracker = _start_tracker(self.config, self.run_dir)
+            self._tracks = self._tracker is not None
+        if self._tracker is not None:
+            self._tracker.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """End the tracker's run."""
+        if self._tracker is not None:
+            self._tracker.finish()
+            self._tracker = None
+            end_trackers()
+
+
+def describe(row: Mapping[str, Any], first_layer: int) -> str:
+    """A row of validation.jsonl as one line."""
+
+    def shown(name: str, digits: int) -> str:
+        return "not finite" if row[name] is None else f"{row[name]:.{digits}f}"
+
+    text = (
+        f"step {row['step']}, {row['name']}: loss {shown('loss', 3)}, perplexity of targets {shown('target_ppl', 1)}, "
+        f"of predictions {shown('pred_ppl', 1)}"
+    )
+    if "pnmi" in row:
+        best = max(range(len(row["pnmi"])), key=row["pnmi"].__getitem__)
+        text += f", PNMI {row['pnmi'][best]:.3f} (layer {first_layer + best})"
+    return text
+
+
+def _section(config: PretrainingConfig, data: str, alignments: str | None) -> tuple[str, DataSection]:
+    """Name and section of a data set that is given on the command line; for the rest it is as the run's."""
+    name = re.sub(r"[^\w-]+", "-", Path(data).stem).strip("-") or "data"
+    changes = {"manifest": data, "alignments_path": alignments}
+    return name, DataSection(**{field: getattr(config.data, field) for field in INHERITED} | changes)
+
+
+def _row(step: int, validation: ValidationSet, scores: Mapping[str, Any], checkpoint: str | None) -> dict[str, Any]:
+    identity = {"checkpoint": checkpoint, "data": validation.fingerprint}
+    return {"step": step, "name": validation.name, **{n: _finite(value) for n, value in scores.items()}, **identity}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _curves(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row as single numbers, for trackers."""
+    values = {name: value for name, value in row.items() if name not in ("name", "checkpoint", "data")}
+    prefix = f"validation/{row['name']}"
+    return {f"{prefix}/{name}": value for name, value in curves(values).items() if value is not None}
+
+
+def _checksum(folder: Path) -> str | None:
+    """Checksum of a checkpoint's weights, as it was written with them."""
+    try:
+        return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["files"][MODEL_FILE]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _start_tracker(config: PretrainingConfig, run_dir: Path) -> GeneralTracker | None:
+    """The tracker that `run.tracker` names, if it is installed."""
+    name = "tensorboard" if config.run.tracker == "auto" else config.run.tracker
+    PartialState()  # trackers ask it whether they may write
+    folder = run_dir / "tensorboard"
+    if name == "none" or not filter_trackers([name], folder):
+        return None
+    tracker_class = LOGGER_TYPE_TO_CLASS[name]
+    if tracker_class.requires_logging_directory:
+        tracker = tracker_class("validation", folder)
+    else:
+        run = {"name": f"{config.run.wandb_name or run_dir.name}-validation", "mode": config.run.wandb_mode}
+        options = {field: value for field, value in run.items() if value is not None} if name == "wandb" else {}
+        tracker = tracker_class(config.run.wandb_project or "spidr", **options)
+    tracker.start()
+    return tracker
+
+
+def start_validation(
+    config: PretrainingConfig, output_dir: Path, accelerator: Accelerator, step: int
+) -> InlineValidation | None:
+    """Inline validation of a run that begins (or goes on) after `step`, where its config asks for it."""
+    if accelerator.is_main_process:
+        ValidationFile(output_dir).forget_after(step)
+    return InlineValidation(config, output_dir, accelerator) if config.run.validate_interval else None
+
+
+__all__ = ["FILE_NAME", "InlineValidation", "RunFollower", "ValidationFile", "describe", "start_validation"]

@@ -1,0 +1,414 @@
+"""Features and units of speech by a trained model: ragged batches, long recordings, many files.
+
+Layers are counted from 1; representations are those before the residual unless asked otherwise (arXiv 2512.20308).
+
+Long recordings are cut into windows. A recording that fits into one window (60 s by default) is computed whole. A
+longer one is standardised whole and then computed in overlapping windows, of which the outer part (2 s of context on
+either side that has a neighbour) is discarded. Convolutions reach less than 1.5 s, so for them there is no seam;
+attention sees a window of 60 s, and of it at least 2 s on either side, instead of the whole recording (models are
+pretrained on at most 20 s). Windows are up to a twentieth longer where one less then does: a recording of 62 s is
+computed whole, too. So 60 s are computed for every 56 s of a long recording, however long
+it is. A group-norm extractor takes its statistics per window.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, SequenceFeatureExtractor
+
+from ..configuration_spidr import SpidrConfig
+from ..data.audio import AudioError
+from ..data.manifests import AudioSource, Skipped
+from ..layers_spidr import frame_lengths, receptive_field
+
+WINDOW_SECONDS = 60.0
+CONTEXT_SECONDS = 2.0
+# Padding included. On CPU larger batches are no faster; a GPU wants more.
+BATCH_SECONDS = 60.0
+BATCH_SECONDS_GPU = 600.0
+_SAMPLING_RATE = 16_000
+_BLOCK = 1 << 22  # samples standardised at a time
+
+# (input_values B x S, attention_mask B x S or None) -> for each layer a tensor of B x T, or B x T x H
+Outputs = Callable[[Tensor, Tensor | None], Mapping[int, Tensor]]
+
+
+def check_layers(layers: Sequence[int], first: int, last: int, what: str) -> list[int]:
+    """The layers, each once, in order. Raises `ValueError` for those outside `first` ... `last`."""
+    for layer in layers:
+        if not first <= layer <= last:
+            raise ValueError(
+                f"Layer {layer} has no {what}: this model has one for each of the layers {first} to {last} "
+                "(counted from 1)."
+            )
+    return sorted(set(layers))
+
+
+def feature_outputs(model: PreTrainedModel, layers: Sequence[int], *, before_residual: bool = True) -> Outputs:
+    """Representations of the layers, B x T x H each (float32). Layers above the highest are not computed.
+
+    `model` is a `SpidrModel` or a model that holds one.
+    """
+    encoder = model.base_model
+    layers = check_layers(layers, 1, model.config.num_hidden_layers, "representation")
+
+    def outputs(input_values: Tensor, attention_mask: Tensor | None) -> dict[int, Tensor]:
+        features = encoder.get_intermediate_outputs(
+            input_values, attention_mask, before_residual=before_residual, num_layers=layers[-1]
+        )
+        return {layer: features[layer - 1].float() for layer in layers}
+
+    return outputs
+
+
+def unit_layers(config: SpidrConfig, layers: Sequence[int] | None = None) -> list[int]:
+    """The layers asked for that have a codebook; all of those by default."""
+    first, last = config.first_codebook_layer, config.num_hidden_layers
+    if config.num_codebooks == 0:
+        raise ValueError("This model has no codebooks (`num_codebooks` is 0), so it predicts no units.")
+    return check_layers(range(first, last + 1) if layers is None else layers, first, last, "codebook")
+
+
+def prediction_outputs(model: PreTrainedModel, layers: Sequence[int] | None = None) -> Outputs:
+    """Probabilities that the layers' heads predict for each codeword, B x T x V each (float32).
+
+    `model` is a `SpidrForPretraining` or `SpidrForAudioTokenization`. SpidR's heads read their own layer, so layers
+    above the highest are not computed; DinoSR's all read the final output.
+    """
+    logits = _logits(model, unit_layers(model.config, layers))
+
+    def outputs(input_values: Tensor, attention_mask: Tensor | None) -> dict[int, Tensor]:
+        return {layer: x.softmax(-1) for layer, x in logits(input_values, attention_mask).items()}
+
+    return outputs
+
+
+def unit_outputs(model: PreTrainedModel, layers: Sequence[int] | None = None) -> Outputs:
+    """Units of the layers, B x T each: the most probable codeword of `prediction_outputs`."""
+    logits = _logits(model, unit_layers(model.config, layers))
+
+    def outputs(input_values: Tensor, attention_mask: Tensor | None) -> dict[int, Tensor]:
+        return {layer: x.argmax(-1) for layer, x in logits(input_values, attention_mask).items()}
+
+    return outputs
+
+
+def _logits(model: PreTrainedModel, layers: Sequence[int]) -> Outputs:
+    config = model.config
+
+    def outputs(input_values: Tensor, attention_mask: Tensor | None) -> dict[int, Tensor]:
+        if config.objective == "spidr":
+            inputs = model.base_model.get_intermediate_outputs(input_values, attention_mask, num_layers=layers[-1])
+        else:
+            inputs = [model.base_model(input_values, attention_mask).last_hidden_state] * layers[-1]
+        heads, first = model.heads, config.first_codebook_layer
+        return {n: F.linear(inputs[n - 1], heads.weight[n - first], heads.bias[n - first]).float() for n in layers}
+
+    return outputs
+
+
+def teacher_outputs(model: PreTrainedModel, layers: Sequence[int] | None = None) -> Outputs:
+    """Labels that teacher and codebooks of a `SpidrForPretraining` assign, B x T each (normalised per window)."""
+    layers = unit_layers(model.config, layers)
+    if not hasattr(model, "get_teacher_labels"):
+        raise ValueError("Teacher labels need the whole pretraining checkpoint: load it as SpidrForPretraining.")
+
+    def outputs(input_values: Tensor, attention_mask: Tensor | None) -> dict[int, Tensor]:
+        labels = model.get_teacher_labels(input_values, attention_mask)
+        return {layer: labels[:, layer - model.config.first_codebook_layer] for layer in layers}
+
+    return outputs
+
+
+def cluster_outputs(model: PreTrainedModel, layer: int, centroids: Tensor, *, before_residual: bool = True) -> Outputs:
+    """Units of one layer, B x T: the nearest of the centroids (clusters x H, Euclidean) to its representation."""
+    if centroids.shape[-1] != model.config.hidden_size:
+        raise ValueError(
+            f"The centroids have {centroids.shape[-1]} dimensions, the model's features {model.config.hidden_size}: "
+            "train the k-means on features of this model."
+        )
+    features = feature_outputs(model, [layer], before_residual=before_residual)
+    centroids = centroids.to(model.device, torch.float32)
+    squares = centroids.square().sum(-1)
+
+    def outputs(input_values: Tensor, attention_mask: Tensor | None) -> dict[int, Tensor]:
+        x = features(input_values, attention_mask)[layer]
+        return {layer: (squares - 2 * x @ centroids.t()).argmin(-1)}
+
+    return outputs
+
+
+class Window(NamedTuple):
+    """A stretch of a recording that is computed at once, in frames: `first` ... `last` of which `keep` are kept."""
+
+    first: int
+    last: int
+    keep: slice
+
+
+def plan_windows(frames: int, window: int, context: int) -> list[Window]:
+    """Windows over `frames` frames, of which at least `context` frames beside every neighbour are discarded.
+
+    Each has `window` frames, or up to a twentieth more where that saves one. Frames that are kept follow one another
+    without gap or overlap.
+    """
+    overlap = 2 * context
+    if window <= overlap:
+        raise ValueError(f"A window of {window} frames has no room for {context} frames of context on both sides.")
+    number = -(-(frames - overlap) // (window - overlap))
+    if number > 1:
+        longer = -(-(frames - overlap) // (number - 1)) + overlap
+        window = longer if longer <= window + window // 20 else window
+    if frames <= window:
+        return [Window(0, frames, slice(0, frames))]
+    windows, start = [], 0
+    while start < frames:
+        # The last window is as long as the others, so its context is longer. Sides without a neighbour are kept.
+        first = max(0, min(start - context, frames - window))
+        last = first + window
+        end = last if last == frames else last - context
+        windows.append(Window(first, last, slice(start - first, end - first)))
+        start = end
+    return windows
+
+
+class Extractor:
+    """Runs a model over waveforms of any lengths; results do not depend on what shares a batch.
+
+    Args:
+        model: In eval mode it is left so; its device and dtype are used.
+        feature_extractor: Standardises whole recordings.
+        outputs: What to compute: `feature_outputs`, `prediction_outputs`, `unit_outputs`, `teacher_outputs` or
+            `cluster_outputs`.
+        window: What is computed at once, in seconds; up to a twentieth more where that saves a window.
+        context: What is discarded beside every neighbouring window, in seconds.
+        max_batch_seconds: Audio in one batch, padding included (by default 60, on a GPU 600). A window that is
+            longer is a batch alone.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        feature_extractor: SequenceFeatureExtractor,
+        outputs: Outputs,
+        *,
+        window: float = WINDOW_SECONDS,
+        context: float = CONTEXT_SECONDS,
+        max_batch_seconds: float | None = None,
+    ):
+        self.model, self.feature_extractor, self.outputs = model, feature_extractor, outputs
+        self.stride = model.config.inputs_to_logits_ratio
+        self.receptive_field = receptive_field(model.config)
+        self.window = int(window * _SAMPLING_RATE) // self.stride
+        self.context = -(-int(context * _SAMPLING_RATE) // self.stride)
+        if self.context < 0 or self.window <= 2 * self.context:
+            raise ValueError(
+                f"A window of {window:g} s with {context:g} s of context on both sides has nothing left to keep: "
+                "make the window longer than twice the context."
+            )
+        if max_batch_seconds is None:
+            max_batch_seconds = BATCH_SECONDS if model.device.type == "cpu" else BATCH_SECONDS_GPU
+        self.max_batch_samples = int(max_batch_seconds * _SAMPLING_RATE)
+
+    def frames(self, num_samples: int) -> int:
+        """Frames that `num_samples` samples give."""
+        return frame_lengths(self.model.config, int(num_samples))
+
+    def standardize(self, waveform: np.ndarray) -> np.ndarray:
+        """The waveform (S samples) as the model gets it, float32. Raises `ValueError` for what cannot be used."""
+        if len(waveform) < self.receptive_field:
+            raise AudioError(
+                f"{len(waveform)} samples are too short: one frame needs {self.receptive_field}. Leave it out."
+            )
+        if len(waveform) <= _BLOCK or waveform.dtype != np.float32 or not self.feature_extractor.do_normalize:
+            values = self.feature_extractor(waveform, sampling_rate=_SAMPLING_RATE)["input_values"][0]
+            return np.asarray(values, dtype=np.float32)
+        # The same in blocks: hours of audio in float64 would need three times the memory of the recording.
+        starts = range(0, len(waveform), _BLOCK)
+        mean = sum(waveform[i : i + _BLOCK].sum(dtype=np.float64) for i in starts) / len(waveform)
+        squares = sum(float(np.square(waveform[i : i + _BLOCK] - mean).sum()) for i in starts)
+        if not np.isfinite(squares):
+            raise AudioError("It has non-finite samples (NaN or infinity): repair the recording or leave it out.")
+        scale = 1.0 / np.sqrt(squares / len(waveform) + self.feature_extractor.norm_eps)
+        standardized = np.empty_like(waveform)
+        for i in starts:
+            standardized[i : i + _BLOCK] = (waveform[i : i + _BLOCK] - mean) * scale
+        return standardized
+
+    def __call__(self, waveforms: Sequence[np.ndarray]) -> list[dict[int, Tensor]]:
+        """
+        Args:
+            waveforms: Standardised (see `standardize`), S samples each, of any lengths.
+
+        Returns:
+            For each waveform and layer a CPU tensor: T units, or T x H features.
+        """
+        pieces: list[tuple[int, Window]] = [
+            (i, window)
+            for i, waveform in enumerate(waveforms)
+            for window in plan_windows(self.frames(len(waveform)), self.window, self.context)
+        ]
+        results: list[dict[int, Tensor]] = [{} for _ in waveforms]
+        stretches = [self._samples(len(waveforms[i]), window) for i, window in pieces]
+        lengths = [stretch.stop - stretch.start for stretch in stretches]
+        for batch in batches_by_length(lengths, self.max_batch_samples):
+            rows = [waveforms[pieces[p][0]][stretches[p]] for p in batch]
+            for p, outputs in zip(batch, self._run(rows), strict=True):
+                i, (first, _, keep) = pieces[p]
+                for layer, x in outputs.items():
+                    # Into its place at once: an hour of features would be there twice while pieces are put together.
+                    if layer not in results[i]:
+                        results[i][layer] = x.new_empty(self.frames(len(waveforms[i])), *x.shape[1:])
+                    results[i][layer][first + keep.start : first + keep.stop] = x[keep]
+        return results
+
+    def _samples(self, num_samples: int, window: Window) -> slice:
+        """The samples that a window's frames see; the last window takes what is left over at the end."""
+        last = num_samples
+        if window.last < self.frames(num_samples):
+            last = (window.last - 1) * self.stride + self.receptive_field
+        return slice(window.first * self.stride, last)
+
+    @torch.inference_mode()
+    def _run(self, rows: Sequence[np.ndarray]) -> list[dict[int, Tensor]]:
+        lengths = [len(row) for row in rows]
+        inputs = torch.zeros(len(rows), max(lengths))
+        for target, row in zip(inputs, rows, strict=True):
+            target[: len(row)] = torch.from_numpy(row)
+        mask = None
+        if min(lengths) < max(lengths):
+            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(self.model.device)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            outputs = self.outputs(inputs.to(self.model.device, self.model.dtype), mask)
+        finally:
+            self.model.train(was_training)
+        on_cpu = {layer: x.cpu() for layer, x in outputs.items()}
+        return [
+            {layer: x[row, : self.frames(length)] for layer, x in on_cpu.items()} for row, length in enumerate(lengths)
+        ]
+
+
+def batches_by_length(lengths: Sequence[int] | np.ndarray, max_samples: int) -> list[list[int]]:
+    """Indices grouped from the longest to the shortest, so that a batch's padded size fits `max_samples`."""
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches: list[list[int]] = []
+    for i in order.tolist():
+        if batches and (len(batches[-1]) + 1) * int(lengths[batches[-1][0]]) <= max_samples:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+@dataclass
+class Extracted:
+    """Results of one batch of a source.
+
+    Attributes:
+        results: for each utterance its index in the source and its tensors by layer.
+        skipped: utterances that could not be used.
+        seconds: audio in it.
+        planned_seconds: audio that the source's lengths had promised; for progress.
+    """
+
+    results: list[tuple[int, dict[int, Tensor]]]
+    skipped: list[Skipped]
+    seconds: float
+    planned_seconds: float
+
+
+def extract(
+    source: AudioSource, extractor: Extractor, indices: Sequence[int] | None = None, *, threads: int = 2
+) -> Iterator[Extracted]:
+    """
+    Results of a source's utterances, batch by batch, from the longest to the shortest.
+
+    Files are read and standardised in threads while the model computes; at most two batches wait. What cannot be read
+    is skipped and named. Memory holds the recordings of three batches (an hour of audio takes 230 MB, twice that while
+    it is standardised), one batch of activations, and the results of a batch.
+
+    Args:
+        source: See `manifests.open_manifest`.
+        extractor: What to compute.
+        indices: Utterances wanted; all by default.
+        threads: How many files are decoded at a time.
+    """
+    chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+    lengths = np.asarray(source.num_samples)[chosen]
+    batches = [[int(chosen[i]) for i in batch] for batch in batches_by_length(lengths, extractor.max_batch_samples)]
+
+    def load(index: int) -> np.ndarray | Skipped:
+        try:
+            return extractor.standardize(source.read(index))
+        except ValueError as error:  # AudioError, and what the feature extractor refuses
+            return Skipped(source.fileid(index), str(error))
+
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[tuple[list[int], list[Future]]] = deque()
+        upcoming = iter(batches)
+        try:
+            while True:
+                while len(waiting) < 3 and (batch := next(upcoming, None)) is not None:
+                    waiting.append((batch, [pool.submit(load, index) for index in batch]))
+                if not waiting:
+                    return
+                batch, futures = waiting.popleft()
+                loaded = [(index, future.result()) for index, future in zip(batch, futures, strict=True)]
+                del futures
+                skipped = [entry for _, entry in loaded if isinstance(entry, Skipped)]
+                good = [(index, entry) for index, entry in loaded if not isinstance(entry, Skipped)]
+                results = extractor([waveform for _, waveform in good]) if good else []
+                yield Extracted(
+                    [(index, result) for (index, _), result in zip(good, results, strict=True)],
+                    skipped,
+                    sum(len(waveform) for _, waveform in good) / _SAMPLING_RATE,
+                    float(np.asarray(source.num_samples)[batch].sum()) / _SAMPLING_RATE,
+                )
+        finally:
+            for _, futures in waiting:
+                for future in futures:
+                    future.cancel()
+
+
+class Throughput:
+    """Audio seconds per second since it was made."""
+
+    def __init__(self) -> None:
+        self.start, self.seconds = time.perf_counter(), 0.0
+
+    def __str__(self) -> str:
+        elapsed = max(time.perf_counter() - self.start, 1e-9)
+        return f"{self.seconds / 60:.1f} min of audio in {elapsed:.0f} s: {self.seconds / elapsed:.0f} s per second"
+
+
+__all__ = [
+    "BATCH_SECONDS",
+    "BATCH_SECONDS_GPU",
+    "CONTEXT_SECONDS",
+    "WINDOW_SECONDS",
+    "Extracted",
+    "Extractor",
+    "Outputs",
+    "Throughput",
+    "Window",
+    "batches_by_length",
+    "check_layers",
+    "cluster_outputs",
+    "extract",
+    "feature_outputs",
+    "plan_windows",
+    "prediction_outputs",
+    "teacher_outputs",
+    "unit_layers",
+    "unit_outputs",
+]

@@ -1,0 +1,173 @@
+"""Units: one integer per frame of speech, from a layer's codebook prediction, and the files that hold them.
+
+Units are the argmax of a layer's prediction head (arXiv 2512.20308), one per 20 ms frame. Layers are counted from 1.
+Repeats are kept unless `deduplicate` is called.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, SequenceFeatureExtractor
+
+from ..system.files import replaced_file, write_text
+from .extractor import Extractor, unit_layers, unit_outputs
+
+# What the utterance is called in unit files: DiscoPhon's name, fastabx's default, and a common third.
+FILE_KEYS = ("file", "audio", "name")
+
+
+def predict_units(
+    model: PreTrainedModel,
+    feature_extractor: SequenceFeatureExtractor,
+    waveforms: Sequence[np.ndarray | torch.Tensor],
+    layers: Sequence[int] | None = None,
+    *,
+    sampling_rate: int = 16_000,
+    max_batch_seconds: float = 60.0,
+) -> dict[int, list[np.ndarray]]:
+    """
+    Units of several utterances of any lengths.
+
+    Args:
+        model: A `SpidrForPretraining` or a `SpidrForAudioTokenization`. It runs in eval mode on its own device.
+        feature_extractor: The model's feature extractor.
+        waveforms: One array of samples per utterance, mono.
+        layers: The layers wanted, counted from 1; every layer with a codebook by default.
+        sampling_rate: The waveforms' samples per second. The feature extractor refuses a rate that is not its own.
+        max_batch_seconds: How much audio, padding included, one batch may hold. A longer utterance is a batch alone.
+            Units do not depend on it. Recordings of more than a minute are computed in windows (see `extraction`).
+
+    Returns:
+        For each layer the units of each utterance, in the order given: int64 arrays of T frames.
+    """
+    feature_extractor._check_sampling_rate(sampling_rate)
+    layers = unit_layers(model.config, layers)
+    extractor = Extractor(model, feature_extractor, unit_outputs(model, layers), max_batch_seconds=max_batch_seconds)
+    results = extractor([extractor.standardize(np.asarray(waveform)) for waveform in waveforms])
+    return {layer: [result[layer].numpy() for result in results] for layer in layers}
+
+
+def deduplicate(units: Sequence[int] | np.ndarray | torch.Tensor) -> tuple[list[int], list[int]]:
+    """
+    Collapse consecutive repeats in the units of one utterance.
+
+    Returns:
+        The units without repeats, and for how many frames each of them lasted: `np.repeat` of both gives the input.
+    """
+    values = torch.as_tensor(units)
+    if values.ndim != 1:
+        raise ValueError(f"`units` must be those of one utterance (1 dimension), got the shape {tuple(values.shape)}.")
+    if values.is_floating_point() and len(values):
+        raise ValueError(f"`units` must be integers, got {values.dtype}.")
+    kept, durations = torch.unique_consecutive(values, return_counts=True)
+    return kept.tolist(), durations.tolist()
+
+
+def describe_model(model: PreTrainedModel) -> dict[str, str | None]:
+    """Where a model is from: its name or path, and the Hub's revision or, of a folder, the hash of its weights."""
+    name, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
+    weights = sorted(Path(name).glob("*.safetensors")) if name and Path(name).is_dir() else []
+    if not weights:
+        return {"model": name or None, "revision": revision}
+    digest = hashlib.sha256()
+    for file in weights:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return {"model": str(Path(name).resolve()), "sha256": digest.hexdigest()}
+
+
+def provenance_path(path: str | os.PathLike) -> Path:
+    """Where the provenance of a units file lies: `units.jsonl` -> `units.provenance.json`."""
+    return Path(path).with_suffix(".provenance.json")
+
+
+def write_units(
+    path: str | os.PathLike,
+    units: Mapping[str, Any] | Iterable[tuple[str, Sequence[int] | np.ndarray | torch.Tensor]],
+    provenance: Mapping[str, Any],
+    *,
+    collapse: bool = False,
+    key: str = "file",
+) -> None:
+    """
+    Write units as JSON lines, `{"file": fileid, "units": [...]}`, and beside them how they were made.
+
+    Both files appear complete or not at all; existing ones are replaced.
+
+    Args:
+        path: The JSON lines file. Its folder is made if need be.
+        units: The units of each utterance, one per frame, by file id; pairs may come one by one.
+        provenance: What made them: model, layer, options. The version of this package, the time and the number of
+            utterances and frames are added.
+        collapse: Write units without consecutive repeats, and their `durations` in frames.
+        key: What the file id is called in the lines: one of `FILE_KEYS`.
+    """
+    path = Path(path)
+    utterances = frames = 0
+    with replaced_file(path) as partial:
+        with partial.open("w", encoding="utf-8") as file:
+            for fileid, sequence in units.items() if isinstance(units, Mapping) else units:
+                values = torch.as_tensor(sequence)
+                if values.ndim != 1 or not len(values) or values.is_floating_point() or values.min() < 0:
+                    raise ValueError(
+                        f"The units of {fileid!r} must be one or more integers of at least 0 in one dimension."
+                    )
+                utterances, frames = utterances + 1, frames + len(values)
+                row: dict[str, Any] = {key: fileid, "units": values.tolist()}
+                if collapse:
+                    row["units"], row["durations"] = deduplicate(values)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        sidecar = {
+            **provenance,
+            "deduplicated": collapse,
+            "utterances": utterances,
+            "frames": frames,
+            "spidr_hf": version("spidr_hf"),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        # The sidecar first: at no moment do units lie there without one.
+        write_text(provenance_path(path), json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_units(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """
+    Units of a JSON lines file by file id (one of the keys `FILE_KEYS`), one per frame: int64 arrays. Where the file
+    has `durations`, repeats are put back.
+    """
+    units: dict[str, np.ndarray] = {}
+    with Path(path).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                fileid = str(row[next((key for key in FILE_KEYS if key in row), "file")])
+                values = np.array(row["units"], dtype=np.int64)
+                if "durations" in row:
+                    values = np.repeat(values, row["durations"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f'{path}, line {number} is not of the form {{"file": "...", "units": [1, 2, ...]}} ({error!r}).'
+                ) from error
+            if fileid in units:
+                raise ValueError(f"{path}, line {number}: the file id {fileid!r} was there before.")
+            units[fileid] = values
+    return units
+
+
+__all__ = [
+    "FILE_KEYS",
+    "deduplicate",
+    "describe_model",
+    "predict_units",
+    "provenance_path",
+    "read_units",
+    "write_units",
+]

@@ -1,0 +1,227 @@
+"""Batches: what is in them, that nothing but seed and names decides it, and what happens to audio that fails."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile
+import torch
+from tiny import tiny_config
+
+from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
+from spidr_hf.data.audio import AudioError
+from spidr_hf.data.batches import PretrainingBatches, SkippedFiles, dropout_seed, make_loader, make_sampler, min_samples
+from spidr_hf.data.batching import BatchKey, Position
+from spidr_hf.data.manifests import Manifest, Skipped, scan_folder
+from spidr_hf.data.masking import frame_mask
+from spidr_hf.pretraining.config import DataSection, MaskingSection
+
+MODEL = tiny_config()
+MASKING = MaskingSection(mask_length=5)
+
+
+def section(**options) -> DataSection:
+    defaults = {"num_buckets": 5, "max_batch_length": 40_000, "max_sample_size": 12_000, "num_workers": 0}
+    return DataSection(**{**defaults, **options})
+
+
+def batches(source, data=None, **options) -> PretrainingBatches:
+    return PretrainingBatches(source, data or section(**options), MASKING, MODEL, mask_seed=1)
+
+
+def key(*utterances, epoch=0, index=0) -> BatchKey:
+    return BatchKey(epoch, index, np.array(utterances), Position(0, 1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("audio")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        soundfile.write(
+            folder / f"u{index:02d}.wav", 0.1 + 0.2 * rng.standard_normal(4_000 + 900 * index), 16_000, "FLOAT"
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(folder) -> Manifest:
+    return scan_folder(folder, progress=False)
+
+
+def test_utterances_are_standardised_whole_then_cropped_to_the_shortest(source):
+    batch = batches(source)[key(0, 3, 5)]
+    assert batch.input_values.shape == (3, 4_000) and batch.input_values.dtype == torch.float32
+    assert batch.attention_mask is None and batch.audio_samples == 12_000 and batch.skipped == []
+    standardize = SpidrFeatureExtractor().standardize
+    for row, index in zip(batch.input_values.numpy(), (0, 3, 5), strict=True):
+        whole = standardize(source.read(index))
+        starts = [start for start in range(len(whole) - 3_999) if whole[start] == row[0]]
+        assert any(np.array_equal(whole[start : start + 4_000], row) for start in starts)
+
+
+def test_crops_move_with_the_epoch_and_nothing_else(source):
+    first = batches(source)[key(0, 3, 5)].input_values
+    assert torch.equal(first, batches(source)[key(0, 3, 5, index=7)].input_values)
+    assert not torch.equal(first, batches(source)[key(0, 3, 5, epoch=1)].input_values)
+    assert not torch.equal(first, batches(source, random_seed=1)[key(0, 3, 5)].input_values)
+    fixed = batches(source, rand_crop=False, normalize=False)
+    for epoch in range(2):
+        row = fixed[key(0, 5, epoch=epoch)].input_values[1]
+        np.testing.assert_array_equal(row, source.read(5)[:4_000])
+
+
+def test_long_utterances_are_cropped(source):
+    assert batches(source)[key(10, 11)].input_values.shape == (2, 12_000)
+
+
+def test_padding(source):
+    batch = batches(source, enable_padding=True)[key(0, 2, 11)]
+    assert batch.input_values.shape == (3, 12_000) and batch.attention_mask.dtype == torch.bool
+    assert batch.attention_mask.sum(1).tolist() == [4_000, 5_800, 12_000] and batch.audio_samples == 21_800
+    assert (batch.input_values[~batch.attention_mask] == 0).all()
+    frames = SpidrForPretraining._get_feat_extract_output_lengths(
+        type("Model", (), {"config": MODEL})(), batch.attention_mask.sum(1)
+    )
+    assert (batch.mask_time_indices.max(1).values < frames).all()
+    assert batches(source, enable_padding=True)[key(11, 10)].attention_mask is None
+
+
+def test_masks_belong_to_the_batch(source):
+    first = batches(source)[key(0, 1)].mask_time_indices
+    assert first.dtype == torch.int64
+    assert torch.equal(first, batches(source)[key(0, 1)].mask_time_indices)
+    others = [key(0, 1, index=1), key(0, 1, epoch=1)]
+    for other in [batches(source)[k] for k in others] + [
+        PretrainingBatches(source, section(), MASKING, MODEL, 2)[key(0, 1)]
+    ]:
+        mask = other.mask_time_indices
+        assert mask.shape != first.shape or not torch.equal(mask, first)
+    unmasked = PretrainingBatches(source, section(), MaskingSection(mask_prob=0.0), MODEL)[key(0, 1)]
+    assert unmasked.mask_time_indices is None and set(unmasked.inputs) == {"input_values"}
+
+
+def test_the_model_takes_the_batches(source):
+    """Masks as frame numbers give what the same masks give as bool, in padded and in short batches."""
+    torch.manual_seed(0)
+    model = SpidrForPretraining(MODEL).eval()
+    every = PretrainingBatches(source, section(), MaskingSection(mask_prob=1.0, mask_length=50), MODEL)
+    for batch in (batches(source)[key(0, 3)], batches(source, enable_padding=True)[key(0, 3)], every[key(0, 1)]):
+        output = model(**batch.inputs)
+        mask = batch.mask_time_indices
+        if mask.dtype != torch.bool:
+            frames = int(model._get_feat_extract_output_lengths(batch.input_values.shape[1]))
+            mask = torch.from_numpy(frame_mask(mask.numpy(), frames))
+        expected = model(**{**batch.inputs, "mask_time_indices": mask})
+        assert output.num_masked_frames == mask.sum()
+        torch.testing.assert_close(output.loss, expected.loss)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("padding", [False, True])
+def test_the_number_of_workers_changes_nothing(source, num_workers, padding):
+    def run(workers):
+        data = section(enable_padding=padding, num_workers=workers)
+        sampler = make_sampler(source, data, MODEL, world_size=2, rank=1)
+        loader = make_loader(batches(source, data), sampler, data)
+        return list(islice(loader, 2 * sampler.updates_per_epoch() + 1))
+
+    for ours, alone in zip(run(num_workers), run(0), strict=True):
+        assert (ours.key.epoch, ours.key.index, ours.key.following) == (
+            alone.key.epoch,
+            alone.key.index,
+            alone.key.following,
+        )
+        assert ours.inputs.keys() == alone.inputs.keys()
+        for name, tensor in alone.inputs.items():
+            assert torch.equal(ours.inputs[name], tensor)
+
+
+def test_utterances_too_short_for_two_frames_are_dropped(tmp_path):
+    table = pa.table({"fileid": list("abc"), "path": list("abc"), "num_samples": [700, 720, 5_000]})
+    assert min_samples(MODEL) == 720
+    sampler = make_sampler(Manifest(table, tmp_path), section(min_sample_size=0), MODEL)
+    assert sampler.utterances.tolist() == [1, 2]
+
+
+@pytest.fixture
+def damaged(tmp_path, folder) -> Manifest:
+    """A manifest of three good files and each kind of bad one."""
+    names, lengths = ["u05.wav", "u06.wav", "u07.wav"], [8_500, 9_400, 10_300]
+    for name in names:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    soundfile.write(tmp_path / "cut.flac", np.random.default_rng(0).standard_normal(30_000) * 0.1, 16_000)
+    content = (tmp_path / "cut.flac").read_bytes()
+    (tmp_path / "cut.flac").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.wav").write_text("not audio " * 500)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "stereo.wav", np.zeros((9_000, 2)), 16_000)
+    soundfile.write(tmp_path / "8k.wav", np.zeros(9_000), 8_000)
+    soundfile.write(tmp_path / "shorter.wav", np.zeros(3_000), 16_000)
+    names += ["cut.flac", "text.wav", "empty.wav", "stereo.wav", "8k.wav", "shorter.wav", "missing.wav"]
+    lengths += [30_000] + [9_000] * 6
+    return Manifest(pa.table({"fileid": names, "path": names, "num_samples": lengths}), tmp_path)
+
+
+def test_unusable_files_are_skipped_and_named(damaged):
+    batch = batches(damaged)[key(*range(len(damaged)))]
+    assert batch.input_values.shape == (3, 8_500) and batch.failure is None
+    reasons = {entry.fileid: entry.reason for entry in batch.skipped}
+    assert len(reasons) == 7
+    for name, part in {
+        "stereo.wav": "2 channels",
+        "8k.wav": "8000 Hz",
+        "shorter.wav": "has 3000 samples at 16 kHz, 9000 were expected",
+        "missing.wav": "no such file",
+        "text.wav": "cannot be read as audio",
+    }.items():
+        assert part in reasons[name]
+
+
+def test_a_batch_without_usable_audio_is_replaced(damaged):
+    batch = batches(damaged)[key(4, 5)]
+    assert batch.failure is None and len(batch.input_values) == 1 and len(batch.skipped) >= 2
+    again = batches(damaged)[key(4, 5)]
+    assert torch.equal(batch.input_values, again.input_values)
+
+
+def test_audio_of_which_nothing_can_be_used_is_a_failure(tmp_path):
+    table = pa.table({"fileid": ["a", "b"], "path": ["a.wav", "b.wav"], "num_samples": [9_000, 9_000]})
+    batch = batches(Manifest(table, tmp_path))[key(0, 1)]
+    assert "100 utterances in a row cannot be used. The last:" in batch.failure and "no such file" in batch.failure
+
+
+def test_longer_files_than_the_manifest_says_do_not_grow_a_batch(folder):
+    table = pa.table({"fileid": ["a", "b"], "path": ["u05.wav", "u11.wav"], "num_samples": [6_000, 6_000]})
+    assert batches(Manifest(table, folder))[key(0, 1)].input_values.shape == (2, 6_000)
+
+
+def test_skipped_files_are_listed_once(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    listed = SkippedFiles(path, max_share=0.5)
+    listed.add([Skipped("a", "why"), Skipped("a", "why")], tried=10)
+    listed.add([], tried=5)
+    with path.open("a") as file:
+        file.write('{"file": "torn')  # the run was killed here
+    again = SkippedFiles(path, max_share=0.5)
+    again.add([Skipped("a", "why"), Skipped("b", "why not")], tried=10)
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["file"] for line in (lines[0], lines[2])] == ["a", "b"] and len(lines) == 3
+
+
+def test_too_many_skipped_files_stop_the_run(tmp_path):
+    files = SkippedFiles(tmp_path / "skipped.jsonl", max_share=0.1)
+    files.add([Skipped("a", "x"), Skipped("b", "x")], tried=2)  # two of the first twenty may fail
+    files.add([], tried=38)
+    with pytest.raises(
+        AudioError, match=r"5 of 48 utterances cannot be used, more than `data.max_skipped_share` \(0\.1\).*why"
+    ):
+        files.add([Skipped(str(i), "why") for i in range(3)], tried=8)
+
+
+def test_dropout_seeds_name_the_batch():
+    seeds = {dropout_seed(*arguments) for arguments in ((0, key()), (1, key()), (0, key(index=1)), (0, key(epoch=1)))}
+    assert len(seeds) == 4 and dropout_seed(0, key()) == dropout_seed(0, key(3))

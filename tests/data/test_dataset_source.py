@@ -1,0 +1,229 @@
+"""The `datasets` library: its data sets as DATA, and its idioms with these models."""
+
+import io
+import json
+import pickle
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+from commands import fails, run_command
+from tiny import tiny_model
+
+from spidr_hf import SpidrFeatureExtractor, SpidrForAudioTokenization
+from spidr_hf.data.audio import read_info
+from spidr_hf.data.dataset_source import DatasetSource, is_dataset, open_data, open_dataset
+from spidr_hf.data.manifests import ManifestError
+from spidr_hf.units.unit_files import predict_units
+
+
+def wav(seconds: float, seed: int = 0, rate: int = 16_000) -> bytes:
+    file = io.BytesIO()
+    samples = np.random.default_rng(seed).normal(0, 0.1, int(seconds * rate)).astype(np.float32)
+    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    SpidrFeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Four utterances whose bytes lie in the data set, the third broken."""
+    contents = [wav(0.7, 0), wav(0.3, 1), b"nothing", wav(0.5, 3)]
+    rows = {
+        "id": ["a-1", "a-2", "bad", "b-1"],
+        "audio": [{"bytes": content, "path": f"{i}.wav"} for i, content in enumerate(contents)],
+        "text": ["x"] * 4,
+    }
+    return datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio(16_000))
+
+
+def test_a_data_set_is_a_source(data):
+    source = DatasetSource(data, progress=False)
+    assert len(source) == 3 and [source.fileid(i) for i in range(3)] == ["a-1", "a-2", "b-1"]
+    assert source.num_samples.tolist() == [11_200, 4_800, 8_000]
+    assert [entry.fileid for entry in source.skipped] == ["bad"]
+    expected = np.random.default_rng(3).normal(0, 0.1, 8_000).astype(np.float32)
+    np.testing.assert_array_equal(source.read(2), expected)
+    assert source.fingerprint != DatasetSource(data.select([0, 1]), progress=False).fingerprint
+
+
+def test_names_without_an_id_column(data):
+    assert DatasetSource(data.remove_columns("id"), progress=False).fileid(2) == "3"
+    same = data.remove_columns("id").map(lambda row: row, num_proc=None)
+    chosen = same.select([3, 0])
+    assert [DatasetSource(chosen, progress=False).fileid(i) for i in range(2)] in (["3", "0"], ["0", "1"])
+
+
+def test_other_rates(data):
+    other = datasets.Dataset.from_dict({"audio": [{"bytes": wav(0.5, rate=8_000), "path": "x.wav"}]})
+    other = other.cast_column("audio", datasets.Audio())
+    with pytest.raises(ManifestError, match="8000 Hz"):
+        DatasetSource(other, progress=False)
+    pytest.importorskip("scipy")
+    assert len(DatasetSource(other, resample=True, progress=False).read(0)) == 8_000
+
+
+def test_what_is_no_audio(data, tmp_path):
+    with pytest.raises(ManifestError, match="no column of the type Audio, only id, text"):
+        DatasetSource(data.remove_columns("audio"), progress=False)
+    with pytest.raises(ManifestError, match="none of its 1 rows"):
+        DatasetSource(data.select([2]), progress=False)
+    with pytest.raises(ManifestError, match="name:config:split"):
+        open_dataset("a:b:c:d")
+    with pytest.raises(ManifestError, match="cannot be loaded as a data set"):
+        open_dataset("nobody/nothing:clean:test")
+
+
+@pytest.fixture
+def headers(monkeypatch) -> list[str]:
+    """The names of what was read the header of."""
+    names = []
+
+    def counted(source, *, name, **options):
+        names.append(name)
+        return read_info(source, name=name, **options)
+
+    monkeypatch.setattr("spidr_hf.data.dataset_source.read_info", counted)
+    return names
+
+
+def test_headers_are_read_once(data, tmp_path, headers):
+    """The cache answers until the data set changes; from it, everything is as from the headers."""
+    data.save_to_disk(tmp_path / "saved")
+    cache = tmp_path / "run" / "data.arrow"
+
+    def opened(**options) -> DatasetSource:
+        headers.clear()
+        source = open_data(tmp_path / "saved", cache=cache, progress=False, **options)
+        assert [path.name for path in cache.parent.iterdir()] == ["data.arrow"]
+        return source
+
+    plain = open_data(tmp_path / "saved", progress=False)
+    first = opened()
+    assert len(headers) == 4
+    for source in (first, opened(), pickle.loads(pickle.dumps(opened()))):
+        assert source.num_samples.tolist() == plain.num_samples.tolist() and source.skipped == plain.skipped
+        assert source.fingerprint == plain.fingerprint and source.values("id") == plain.values("id")
+        for index in range(len(plain)):
+            assert source.fileid(index) == plain.fileid(index)
+            np.testing.assert_array_equal(source.read(index), plain.read(index))
+    assert headers == []
+
+    pytest.importorskip("scipy")
+    opened(resample=True)
+    assert len(headers) == 4
+    shutil.rmtree(tmp_path / "saved")
+    data.select([3, 0]).save_to_disk(tmp_path / "saved")
+    changed = opened()
+    assert [changed.fileid(i) for i in range(len(changed))] == ["b-1", "a-1"] and len(headers) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: b"", lambda content: b"garbage", lambda content: content[: len(content) // 2]],
+    ids=["empty", "garbage", "cut off"],
+)
+def test_a_damaged_cache_is_made_anew(data, tmp_path, headers, damage):
+    cache = tmp_path / "data.arrow"
+    DatasetSource(data, cache=cache, progress=False)
+    whole = cache.read_bytes()
+    cache.unlink()  # mapped into memory, it must not be written to
+    cache.write_bytes(damage(whole))
+    headers.clear()
+    assert len(DatasetSource(data, cache=cache, progress=False)) == 3 and len(headers) == 4
+    assert cache.read_bytes() == whole
+
+
+def test_a_scan_that_is_interrupted_leaves_no_cache(data, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyarrow.ipc.new_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        DatasetSource(data, cache=tmp_path / "data.arrow", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_which_data_is_a_data_set(data, tmp_path):
+    data.save_to_disk(tmp_path / "saved")
+    (tmp_path / "audio").mkdir()
+    assert is_dataset(tmp_path / "saved") and is_dataset("name/of:config:split") and is_dataset("name/of")
+    for path in (tmp_path / "audio", tmp_path / "nothing", "nothing.csv", "folder/nothing.csv", "./folder"):
+        assert not is_dataset(path)
+
+
+def test_units_of_a_data_set(model, data, tmp_path):
+    splits = datasets.DatasetDict({"train": data, "test": data.select([0, 1])})
+    splits.save_to_disk(tmp_path / "saved")
+    fails(
+        run_command("extract_units", model, tmp_path / "saved", tmp_path / "out"), "splits train, test", "saved::train"
+    )
+    done = run_command("extract_units", model, f"{tmp_path / 'saved'}::train", tmp_path / "out", "--layers", 4)
+    assert done.status == 0 and "1 files skipped" in done.err, done.err
+    lines = (tmp_path / "out" / "4" / "units.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file"] for line in lines] == ["a-1", "a-2", "b-1"]
+
+
+# What users write: three idioms, each the same units.
+
+
+def read(audio: dict) -> np.ndarray:
+    return soundfile.read(io.BytesIO(audio["bytes"]), dtype="float32")[0]
+
+
+@pytest.fixture(scope="module")
+def expected(model, data):
+    tokenizer = SpidrForAudioTokenization.from_pretrained(model)
+    plain = data.select([0, 1, 3]).cast_column("audio", datasets.Audio(decode=False))
+    return predict_units(tokenizer, SpidrFeatureExtractor(), [read(row["audio"]) for row in plain], [4])[4]
+
+
+def encode(model, batch) -> list[list[int]]:
+    codes = SpidrForAudioTokenization.from_pretrained(model).encode(**batch).audio_codes[:, -1]
+    return [row[row >= 0].tolist() for row in codes]
+
+
+def test_with_transform(model, data, expected):
+    """Nothing is stored: waveforms are standardised and padded when a batch is asked for."""
+    extractor = SpidrFeatureExtractor.from_pretrained(model)
+
+    def prepare(batch):
+        waveforms = [read(audio) for audio in batch["audio"]]
+        return dict(extractor(waveforms, sampling_rate=16_000, padding=True, return_tensors="pt"))
+
+    plain = data.select([0, 1, 3]).cast_column("audio", datasets.Audio(decode=False))
+    batch = plain.with_transform(prepare)[0:3]
+    assert encode(model, batch) == [units.tolist() for units in expected]
+
+
+def test_streaming(model, data, expected):
+    extractor = SpidrFeatureExtractor.from_pretrained(model)
+    stream = data.select([0, 1, 3]).cast_column("audio", datasets.Audio(decode=False)).to_iterable_dataset()
+    units = []
+    for batch in stream.batch(2):
+        waveforms = [read(audio) for audio in batch["audio"]]
+        units += encode(model, extractor(waveforms, sampling_rate=16_000, padding=True, return_tensors="pt"))
+    assert units == [u.tolist() for u in expected]
+
+
+def test_cast_column(model, data, expected):
+    """`Audio(16_000)` decodes by torchcodec where there is one."""
+    pytest.importorskip("torchcodec", reason="decoding by `datasets` needs torchcodec")
+    extractor = SpidrFeatureExtractor.from_pretrained(model)
+    decoded = data.select([0, 1, 3]).cast_column("audio", datasets.Audio(16_000))
+    waveforms = [row["audio"]["array"] for row in decoded]
+    batch = extractor(waveforms, sampling_rate=16_000, padding=True, return_tensors="pt")
+    units = encode(model, batch)
+    agree = [np.mean(np.array(a) == b) for a, b in zip(units, expected, strict=True)]
+    assert min(agree) > 0.95
+    assert torch.is_tensor(batch["input_values"])

@@ -1,0 +1,257 @@
+"""Manifests in every format, and that each bad one says what is wrong with it."""
+
+import json
+import pickle
+import runpy
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile
+
+from spidr_hf.data.audio import AudioError
+from spidr_hf.data.manifests import Manifest, ManifestError, open_manifest, read_manifest, scan_folder, scan_tar
+
+LENGTHS = {"one/a": 5000, "one/b": 7000, "two/c": 3000}
+
+
+@pytest.fixture
+def audio(tmp_path) -> Path:
+    """A folder of three FLAC files, and `all.tar` beside it with the same."""
+    rng = np.random.default_rng(0)
+    for name, length in LENGTHS.items():
+        path = tmp_path / "audio" / f"{name}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, 0.1 * rng.standard_normal(length), 16_000)
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        archive.add(tmp_path / "audio", ".")
+    return tmp_path / "audio"
+
+
+def contents(manifest: Manifest) -> dict[str, np.ndarray]:
+    assert [len(manifest.read(i)) for i in range(len(manifest))] == manifest.num_samples.tolist()
+    return {manifest.fileid(i): manifest.read(i) for i in range(len(manifest))}
+
+
+def same(a: Manifest, b: Manifest) -> None:
+    left, right = contents(a), contents(b)
+    assert left.keys() == right.keys()
+    for name, waveform in left.items():
+        np.testing.assert_array_equal(waveform, right[name])
+
+
+def test_folder_tar_and_files_hold_the_same(audio, tmp_path):
+    folder = scan_folder(audio)
+    assert dict(zip(map(folder.fileid, range(3)), folder.num_samples.tolist(), strict=True)) == LENGTHS
+    tar = scan_tar(tmp_path / "all.tar")
+    same(folder, tar)
+    for manifest, names in ((folder, ("f.csv", "f.jsonl", "f.tsv", "audio/in.csv")), (tar, ("t.csv", "t.jsonl"))):
+        for name in names:
+            manifest.write(tmp_path / name)
+            again = read_manifest(tmp_path / name)
+            same(manifest, again)
+            assert again.fingerprint == manifest.fingerprint
+    assert (tmp_path / "f.csv").read_text().splitlines()[:2] == [
+        "fileid,path,num_samples",
+        "one/a,audio/one/a.flac,5000",
+    ]
+    assert (tmp_path / "f.tsv").read_text().splitlines()[:2] == [str(audio), "one/a.flac\t5000"]
+    row = json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])
+    assert row["archive"] == "all.tar" and row["byte_size"] > 0
+    assert "one/a,one/a.flac,5000" in (tmp_path / "audio" / "in.csv").read_text()
+
+
+def test_paths_are_looked_for_beside_the_manifest_then_in_the_working_folder(audio, tmp_path, monkeypatch):
+    text = "fileid,path,num_samples\nx,one/a.flac,5000\n"
+    (audio / "beside.csv").write_text(text)
+    (tmp_path / "elsewhere.csv").write_text(text)
+    assert len(read_manifest(audio / "beside.csv").read(0)) == 5000
+    monkeypatch.chdir(audio)
+    assert len(read_manifest(tmp_path / "elsewhere.csv").read(0)) == 5000
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AudioError, match="looked for beside it"):
+        read_manifest(tmp_path / "elsewhere.csv").read(0)
+
+
+def test_columns_are_read_as_they_are_named(tmp_path):
+    """Further columns are ignored, fileids stay text, JSON lines may mix tars and files."""
+    (tmp_path / "m.csv").write_text('speaker,num_samples,path,fileid\n7,30,"a, b.wav",0001\n8,40,NA,null\n')
+    manifest = read_manifest(tmp_path / "m.csv")
+    assert [manifest.fileid(i) for i in range(2)] == ["0001", "null"]
+    assert manifest.describe(0).endswith("a, b.wav")
+    (tmp_path / "m.jsonl").write_text(
+        '{"fileid": "a", "path": "a.wav", "num_samples": 3, "text": "hello"}\n'
+        '{"fileid": "b", "path": "b.wav", "num_samples": 4, "archive": "x.tar", "byte_offset": 512, "byte_size": 9}\n'
+    )
+    manifest = read_manifest(tmp_path / "m.jsonl")
+    assert manifest.describe(0).endswith("/a.wav") and manifest.describe(1).endswith("x.tar:b.wav")
+
+
+@pytest.mark.parametrize(
+    ("paths", "fileids"),
+    [
+        (["a/b.x.flac", "a/c"], ["a/b.x", "a/c"]),
+        (["./a/b.flac", "../c.flac"], ["a/b", "c"]),
+        (["/data/x/a/b.flac", "/data/x/c.wav"], ["a/b", "c"]),
+        (["/data/x/b.flac"], ["b"]),
+    ],
+)
+def test_fileids_are_paths_below_the_root(tmp_path, paths, fileids):
+    rows = "".join(f"{path},100\n" for path in paths)
+    (tmp_path / "m.csv").write_text(f"path,num_samples\n{rows}")
+    manifest = read_manifest(tmp_path / "m.csv")
+    assert [manifest.fileid(i) for i in range(len(manifest))] == fileids
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m.csv", "fileid,path\na,a.wav\n", "no column num_samples"),
+        ("m.csv", "fileid,num_samples\na,7\n", "no column path"),
+        ("m.csv", "a.wav,7\n", "no column path, num_samples"),
+        ("m.csv", "", "cannot be read as a manifest"),
+        ("m.csv", "fileid,path,num_samples\n", "holds no utterances"),
+        ("m.csv", "fileid,path,num_samples\na,a.wav,many\n", "cannot be read as a manifest.*many"),
+        ("m.csv", "fileid,path,num_samples\na,a.wav,\n", "utterance 1 has no num_samples"),
+        ("m.csv", "fileid,path,num_samples\na,a.wav,5\nb,,5\n", "utterance 2 has no path"),
+        ("m.csv", "fileid,path,num_samples\na,a.wav,-5\n", "utterance 1 has a negative num_samples"),
+        ("m.csv", "fileid,path,num_samples\na,a.wav,5\na,b.wav,5\n", "fileid 'a' stands for 2 utterances"),
+        ("m.csv", "path,num_samples\na.wav,5\na.flac,5\n", "fileid 'a' stands for 2 utterances"),
+        ("m.csv", "fileid,path,num_samples,archive\na,a.wav,5,x.tar\n", "no column byte_offset, byte_size"),
+        (
+            "m.csv",
+            "fileid,path,num_samples,archive,byte_offset,byte_size\na,a.wav,5,x.tar,,7\n",
+            "utterance 1 lies in an archive and has no byte_offset",
+        ),
+        ("m.jsonl", '{"fileid": "a", "path": "a.wav"}\n', "no column num_samples"),
+        ("m.jsonl", '{"fileid": "a", "path": \n', "cannot be read as a manifest"),
+        ("m.jsonl", '{"fileid": 7, "path": "a.wav", "num_samples": 5}\n', "cannot be read as a manifest"),
+        ("m.tsv", "a.wav\t5\n", "the first line of a fairseq TSV is the folder"),
+        ("m.xlsx", "", "unknown kind of data"),
+        ("m.tar.gz", "", "unknown kind of data"),
+    ],
+)
+def test_bad_manifests_say_what_is_wrong(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ManifestError, match=message):
+        open_manifest(tmp_path / name)
+
+
+def test_bad_folders_and_tars_say_what_is_wrong(tmp_path):
+    with pytest.raises(ManifestError, match="no such file or folder"):
+        open_manifest(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ManifestError, match="no audio files"):
+        open_manifest(tmp_path / "empty")
+    (tmp_path / "empty" / "a.wav").write_text("no audio")
+    with pytest.raises(ManifestError, match=r"none of its 1 audio files can be used; the first: .*a\.wav"):
+        open_manifest(tmp_path / "empty", progress=False)
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as archive:
+        archive.add(tmp_path / "empty" / "a.wav")
+    with pytest.raises(ManifestError, match=r"without compression.*Decompress it first"):
+        open_manifest(tmp_path / "packed.tar")
+    with tarfile.open(tmp_path / "other.tar", "w") as archive:
+        archive.add(tmp_path / "empty", "empty", recursive=False)
+    with pytest.raises(ManifestError, match="no audio files"):
+        open_manifest(tmp_path / "other.tar")
+
+
+def test_scans_leave_out_what_cannot_be_used(audio):
+    (audio / "bad.wav").write_text("no audio")
+    soundfile.write(audio / "8k.wav", np.zeros(4000), 8_000)
+    (audio / "notes.txt").write_text("not even named like audio")
+    manifest = scan_folder(audio, progress=False)
+    assert len(manifest) == 3
+    assert [entry.fileid for entry in manifest.skipped] == ["8k", "bad"]
+    assert "8000 Hz" in manifest.skipped[0].reason
+    manifest = scan_folder(audio, progress=False, resample=True)
+    assert len(manifest) == 4 and 8000 in manifest.num_samples
+    assert len(scan_folder(audio, suffixes=["flac"], progress=False).skipped) == 0
+
+
+def test_a_scan_is_kept(audio, tmp_path):
+    """The cache answers until the file behind it changes, and is mapped, not read."""
+    cache = tmp_path / "cache.arrow"
+    (audio / "bad.wav").write_text("no audio")
+    first = open_manifest(audio, cache=cache, progress=False)
+    (audio / "one" / "a.flac").unlink()
+    again = open_manifest(audio, cache=cache, progress=False)
+    assert again.fingerprint == first.fingerprint and again.skipped == first.skipped and again.root == first.root
+    first.write(tmp_path / "m.csv")
+    open_manifest(tmp_path / "m.csv", cache=cache)
+    (tmp_path / "m.csv").write_text("fileid,path,num_samples\na,a.wav,5\n")
+    assert len(open_manifest(tmp_path / "m.csv", cache=cache)) == 1
+    cache.write_bytes(b"garbage")
+    assert len(open_manifest(tmp_path / "m.csv", cache=cache)) == 1
+
+
+def test_rows_are_no_python_objects(tmp_path):
+    """A hundred thousand utterances are a few megabytes and travel to workers as such."""
+    count = 100_000
+    names = [f"speaker/utterance-{i:06d}" for i in range(count)]
+    table = pa.table({"fileid": names, "path": names, "num_samples": np.full(count, 7)})
+    manifest = Manifest(table, tmp_path)
+    assert manifest.table.nbytes < 100 * count
+    copy = pickle.loads(pickle.dumps(manifest))
+    assert copy.fileid(count - 1) == names[-1] and copy.fingerprint == manifest.fingerprint
+    assert manifest.num_samples.base is not None  # a view of Arrow's memory
+
+
+def test_fingerprints_tell_manifests_apart(tmp_path):
+    def fingerprint(names, lengths):
+        return Manifest(pa.table({"fileid": names, "path": names, "num_samples": lengths}), tmp_path).fingerprint
+
+    base = fingerprint(["a", "b"], [1, 2])
+    assert base == fingerprint(["a", "b"], [1, 2])
+    others = [fingerprint(["b", "a"], [1, 2]), fingerprint(["a", "b"], [1, 3]), fingerprint(["a", "bc"], [1, 2])]
+    assert len({base, *others}) == 4
+
+
+@pytest.fixture
+def write_manifest(monkeypatch):
+    """`examples/write_manifest.py` with arguments, in this process."""
+    script = Path(__file__).parents[2] / "examples" / "write_manifest.py"
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        runpy.run_path(str(script), run_name="__main__")
+
+    return run
+
+
+def test_the_command(audio, tmp_path, write_manifest, capsys):
+    (audio / "bad.wav").write_text("no audio")
+    write_manifest(audio, tmp_path / "out.csv")
+    printed = capsys.readouterr()
+    assert "3 utterances" in printed.out and "left out bad" in printed.err
+    assert len(read_manifest(tmp_path / "out.csv")) == 3
+    write_manifest(tmp_path / "all.tar", tmp_path / "out.jsonl", "--ext", ".flac")
+    assert len(read_manifest(tmp_path / "out.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "message"),
+    [
+        ("nothing", "out.csv", "error: .*no such folder or tar"),
+        ("audio", "out.xml", "error: .*written as .csv, .jsonl or .tsv"),
+        ("all.tar", "out.tsv", "error: .*no place for byte offsets"),
+    ],
+)
+def test_the_command_on_bad_input(audio, tmp_path, write_manifest, source, output, message):
+    with pytest.raises(SystemExit, match=message):
+        write_manifest(tmp_path / source, tmp_path / output)
+    assert not (tmp_path / output).exists()
+
+
+def test_other_processes_map_the_cache_instead_of_getting_a_copy(audio, tmp_path):
+    cached = open_manifest(audio, cache=tmp_path / "data.arrow", progress=False)
+    pickled = pickle.dumps(cached)
+    assert len(pickled) < 500
+    same(pickle.loads(pickled), cached)
+    same(pickle.loads(pickle.dumps(scan_folder(audio, progress=False))), cached)
+    (tmp_path / "data.arrow").unlink()
+    with pytest.raises(ManifestError, match="was changed while it was in use"):
+        pickle.loads(pickled)

@@ -1,0 +1,169 @@
+"""ABX against its obvious form, by hand, and against fastabx where there is one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import reference_abx
+import torch
+from commands import fails, run_command
+
+from spidr_hf.evaluation.abx import Token, abx, cell_error, cut_tokens, dtw, read_items
+
+
+def made_items(seed, *, speakers=3, contexts=2, phones=3, most=4):
+    """Tokens of random lengths and features with some structure, in one file per speaker."""
+    rng = np.random.default_rng(seed)
+    tokens, features = [], {}
+    centres = rng.normal(size=(phones, 5))
+    for s in range(speakers):
+        frames = []
+        for c in range(contexts):
+            for p in range(phones):
+                for _ in range(rng.integers(0, most)):
+                    length = int(rng.integers(1, 5))
+                    tokens.append(Token(f"d/{s}", len(frames), len(frames) + length, f"p{p}", (f"c{c}", "x"), f"s{s}"))
+                    frames += list(centres[p] + rng.normal(size=(length, 5)))
+        features[f"d/{s}"] = torch.tensor(np.array(frames), dtype=torch.float32).reshape(-1, 5)
+    return tokens, features
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("speaker", ["within", "across"])
+@pytest.mark.parametrize("context", ["within", "any"])
+def test_the_obvious_form(seed, speaker, context, monkeypatch):
+    tokens, features = made_items(seed)
+    frames = [features[t.fileid][t.start : t.end].double().numpy() for t in tokens]
+    expected = reference_abx.abx(tokens, frames, speaker, context)
+    options = {"speaker": speaker, "context": context, "max_size_group": None, "max_x_across": None}
+    assert abx(tokens, features, **options) == pytest.approx(expected, abs=1e-6)
+    # Whatever is computed at a time.
+    monkeypatch.setattr("spidr_hf.evaluation.abx._PAIRS_AT_ONCE", 5)
+    monkeypatch.setattr("spidr_hf.evaluation.abx._VALUES_AT_ONCE", 100)
+    assert abx(tokens, features, **options) == pytest.approx(expected, abs=1e-6)
+
+
+def test_dtw_of_ragged_pairs():
+    rng = np.random.default_rng(0)
+    tokens = [rng.normal(size=(int(n), 4)) for n in rng.integers(1, 8, 12)]
+    rows, columns = np.array([0, 1, 2, 3, 4, 5]), np.array([6, 7, 8, 9, 10, 11])
+    lengths = np.array([len(t) for t in tokens])
+    distances = torch.full((7, 7, 6), 9.0, dtype=torch.float64)
+    for p, (i, j) in enumerate(zip(rows, columns, strict=True)):
+        for a, b in np.ndindex(lengths[i], lengths[j]):
+            distances[a, b, p] = reference_abx.angle(tokens[i][a], tokens[j][b])
+    result = dtw(distances, torch.from_numpy(lengths[rows]), torch.from_numpy(lengths[columns]))
+    expected = [reference_abx.dtw(tokens[i], tokens[j]) for i, j in zip(rows, columns, strict=True)]
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-9)
+
+
+def test_by_hand():
+    nan = float("nan")
+    assert cell_error(np.array([[nan, 1.0], [1.0, nan]]), np.array([[2.0, 2.0], [0.5, 1.0]])) == pytest.approx(1.5 / 4)
+    # Phones on different axes are never confused; the same frames everywhere are always a tie.
+    axes = torch.eye(2).repeat_interleave(4, 0)
+    tokens = [Token("f", i, i + 1, "ab"[i // 4], ("x", "y"), "st"[i % 2]) for i in range(8)]
+    for speaker in ("within", "across"):
+        assert abx(tokens, {"f": axes}, speaker=speaker) == 0
+        assert abx(tokens, {"f": torch.ones(8, 2)}, speaker=speaker) == 0.5
+        assert abx(tokens, {"f": torch.zeros(8, 2)}, speaker=speaker) == 0.5
+
+
+def test_random_features_are_at_chance_and_draws_are_seeded():
+    tokens, _ = made_items(0, speakers=3, contexts=3, phones=4, most=15)
+    ends = {fileid: max(t.end for t in tokens if t.fileid == fileid) for fileid in ("d/0", "d/1", "d/2")}
+    features = {fileid: torch.randn(end, 5, generator=torch.Generator().manual_seed(1)) for fileid, end in ends.items()}
+    first = abx(tokens, features, speaker="across", max_size_group=5, max_x_across=1)
+    assert first == abx(tokens, features, speaker="across", max_size_group=5, max_x_across=1)
+    assert first == pytest.approx(0.5, abs=0.05)
+
+
+def test_items(tmp_path):
+    path = tmp_path / "a.item"
+    header = "#file onset offset #phone prev-phone next-phone speaker\n"
+    path.write_text(header + "a/b 0.25 0.49 AH K T s1\n")
+    # Middles of frames lie at 0.01 + 0.02 n: the first from 0.25 on is the 12th's.
+    assert read_items(path) == [Token("a/b", 12, 25, "AH", ("K", "T"), "s1")]
+    for text, message in (
+        ("", "no column #file"),
+        (header, "holds no items"),
+        (header + "a 0.1 x AH K T s\n", "line 2 is not of the form"),
+        (header + "a 0.1 0.2 AH\n", "line 2 is not of the form"),
+        (header + "a 0.111 0.112 AH K T s\n", "line 2: from 0.111 to 0.112 s there is no frame"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_items(path)
+    with pytest.raises(ValueError, match="'f' have 3 frames, but an item reaches to frame 4"):
+        cut_tokens([Token("f", 1, 4, "a", ("x", "y"), "s")], {"f": torch.ones(3, 2)})
+    with pytest.raises(ValueError, match="no triplets within"):
+        abx([Token("f", 0, 1, "a", ("x", "y"), "s")], {"f": torch.ones(3, 2)})
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, speech):
+    """Items of the shipped speech, and features that hold the log energy of a few bands."""
+    from spidr_hf.data.manifests import read_manifest
+
+    folder = tmp_path_factory.mktemp("abx")
+    done = run_command("write_items", speech / "alignments.jsonl", folder / "triphones.item")
+    assert done.status == 0 and "5 speakers" in done.out, done.err + done.out
+    manifest = read_manifest(speech / "manifest.csv")
+    for i in range(len(manifest)):
+        wave = torch.from_numpy(manifest.read(i)).unfold(0, 400, 320)
+        bands = torch.fft.rfft(wave * torch.hann_window(400)).abs().square()[:, :200].reshape(len(wave), 20, 10).sum(-1)
+        for layer, features in ((1, (bands + 1e-5).log() + 8), (2, torch.randn(len(wave), 4))):
+            path = folder / "features" / str(layer) / f"{manifest.fileid(i)}.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(features, path)
+    return folder
+
+
+def test_the_command(files, tmp_path):
+    done = run_command(
+        "evaluate_abx", files / "triphones.item", files / "features", "--json", tmp_path / "a.json",
+        "--plot", tmp_path / "a.png", "--max-size-group", 4, "--backend", "own",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    scores = json.loads((tmp_path / "a.json").read_text())["layers"]
+    assert list(scores) == ["1", "2"] and list(scores["1"]) == ["within", "across"]
+    assert scores["1"]["within"] < scores["1"]["across"] < 40 < scores["2"]["across"] < 60
+    assert (tmp_path / "a.png").exists() and "layer 1: ABX error" in done.out
+
+
+def test_bad_input(files, tmp_path):
+    items, features = files / "triphones.item", files / "features" / "1"
+    fails(run_command("evaluate_abx", tmp_path / "no.item", features), "no.item", "no such item file")
+    fails(run_command("evaluate_abx", items, tmp_path / "no"), "no such folder")
+    (tmp_path / "empty").mkdir()
+    fails(run_command("evaluate_abx", items, tmp_path / "empty"), "no feature files")
+    torch.save(torch.ones(3, 2), tmp_path / "empty" / "x.pt")
+    fails(run_command("evaluate_abx", items, tmp_path / "empty"), "no features for", "small-")
+    fails(run_command("write_items", tmp_path / "no.jsonl", tmp_path / "x.item"), "no such file")
+    (tmp_path / "a.jsonl").write_text('{"id": "x", "phones": [["A", 0, 0.1], ["B", 0.1, 0.2], ["C", 0.2, 0.3]]}\n')
+    fails(run_command("write_items", tmp_path / "a.jsonl", tmp_path / "x.item"), "no speaker for 'x'")
+    assert not (tmp_path / "x.item").exists()
+
+
+@pytest.mark.slow
+def test_fastabx_agrees(files, tmp_path):
+    """In this Python, or in the one that FASTABX_PYTHON names (fastabx needs 3.12)."""
+    python = os.environ.get("FASTABX_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import fastabx"], capture_output=True).returncode:
+        pytest.skip("fastabx is not installed; FASTABX_PYTHON may name a Python >= 3.12 that has it")
+    script = (
+        "import json, sys; from fastabx import zerospeech_abx\n"
+        "item, root = sys.argv[1:]\n"
+        "options = {'max_size_group': None, 'max_x_across': None}\n"
+        "print(json.dumps({s: 100 * zerospeech_abx(item, root, speaker=s, **options) for s in ('within', 'across')}))"
+    )
+    items, features = files / "triphones.item", files / "features" / "1"
+    done = subprocess.run([python, "-c", script, items, features], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = json.loads(done.stdout.splitlines()[-1])
+    options = ("--max-size-group", 0, "--max-x-across", 0, "--backend", "own", "--json", tmp_path / "a.json")
+    assert run_command("evaluate_abx", items, features, *options).status == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == pytest.approx(expected, abs=0.01)

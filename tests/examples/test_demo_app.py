@@ -1,0 +1,266 @@
+"""The page of demo_app.py: its HTML, its command line, and what a person does on it in a real browser."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from commands import fails, run_command
+from spidr_hf.examples.demo_page.recordings import Recording
+from spidr_hf.examples.demo_page.unit_html import (
+    comparison_html,
+    download_html,
+    problem_html,
+    timeline_html,
+    unit_colour,
+)
+from tiny import tiny_model
+from transformers import pipeline
+
+from spidr_hf import SpidrFeatureExtractor
+from spidr_hf.data.manifests import read_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+SWITCHES = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --window-size=1200,1400"
+)
+
+
+def recording(name="speech.wav", units=(5, 5, 9, 5)) -> Recording:
+    return Recording(name, np.zeros(320 * len(units) + 80, np.float32), {3: np.array(units)})
+
+
+def test_names_of_files_are_no_html():
+    name = '"><img src=x onerror=alert(1)>.wav'
+    for text in (
+        timeline_html(recording(name), 3, "A"),
+        problem_html(f"{name} is empty"),
+        download_html({"file": name}, name),
+    ):
+        assert "<img src=x" not in text
+        assert '"><img' not in text.replace('"><img src="data:image/jpeg', "")
+
+
+def test_a_button_for_each_stretch():
+    text = timeline_html(recording(), 3, "A")
+    assert re.findall(r'data-unit="(\d+)" data-of="A" data-start="([\d.]+)" data-length="([\d.]+)"', text) == [
+        ("5", "0.00", "0.04"),
+        ("9", "0.04", "0.02"),
+        ("5", "0.06", "0.02"),
+    ]
+    assert re.findall(r'tabindex="(-?\d)"', text) == ["0", "-1", "-1"]  # one stop of the Tab key
+
+
+def test_comparison_shows_every_unit_once():
+    text = comparison_html(recording(), recording("b.wav", (5, 8, 8, 7, 5)), 3)
+    assert re.findall(r'data-unit="(\d+)" data-of="A"', text) == ["5", "9", "5"]
+    assert re.findall(r'data-unit="(\d+)" data-of="B"', text) == ["5", "8", "7", "5"]
+    assert "Edit distance 2<" in text and text.count("pair differs") == 2 and text.count('class="gap"') == 1
+    assert "<strong>1</strong> of 4 different units are in both" in text
+
+
+def test_dark_text_can_be_read_on_every_colour():
+    def luminance(colour: str) -> float:
+        values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in values]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    ink = luminance("#17202a")
+    contrasts = [(luminance(unit_colour(unit)) + 0.05) / (ink + 0.05) for unit in range(512)]
+    assert min(contrasts) > 4.5  # WCAG 2, level AA
+
+
+def test_command_line(tmp_path):
+    fails(run_command("demo_app", "--model", tmp_path), "there is no config.json in it")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A model whose units vary: its heads read what differs from the mean frame."""
+    folder = tmp_path_factory.mktemp("page") / "model"
+    model = tiny_model(num_hidden_layers=7)
+    inputs = SpidrFeatureExtractor()(speech(0), sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        layers = model.spidr.get_intermediate_outputs(**inputs)[4:]
+        means = torch.stack([layer.mean((0, 1)) for layer in layers])
+        model.heads.bias.copy_(-torch.einsum("kvh,kh->kv", model.heads.weight, means))
+    model.save_pretrained(folder)
+    SpidrFeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+def speech(index: int) -> np.ndarray:
+    return read_manifest(ROOT / "examples" / "data" / "manifest.csv").read(index)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """Two recordings, and files that are none."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, index in (("first.wav", 0), ("second.wav", 5)):
+        soundfile.write(folder / name, speech(index), 16_000)
+    (folder / "text.wav").write_text("This is no sound.\n" * 20)
+    (folder / "empty.wav").write_bytes(b"")
+    soundfile.write(folder / "short.wav", np.zeros(100), 16_000)
+    soundfile.write(folder / "hour.flac", np.zeros(3_600 * 16_000, np.int16), 16_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(model, tmp_path_factory) -> Iterator[str]:
+    pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("log") / "page.log"
+    command = [sys.executable, ROOT / "examples" / "demo_app.py", "--model", model, "--port", str(port)]
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        try:
+            for _ in range(240):
+                if "Running on local URL" in log.read_text():
+                    break
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+            assert "Traceback" not in log.read_text(), log.read_text()
+        finally:
+            process.terminate()
+
+
+class Page:
+    """The page in a browser, as a person meets it."""
+
+    def __init__(self, driver, address: str):
+        from selenium.webdriver.common.by import By
+
+        self.driver, self.css = driver, By.CSS_SELECTOR
+        driver.get(address)
+        self.wait("#audio-A input[type=file]")
+
+    def wait(self, selector: str, text: str = ""):
+        """The first element of that selector, as soon as it is there and holds the text."""
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        def found(driver):
+            return next((e for e in driver.find_elements(self.css, selector) if text in e.text), None)
+
+        waiting = WebDriverWait(self.driver, 60, ignored_exceptions=[StaleElementReferenceException])
+        return waiting.until(found, f"{selector} with {text!r}")
+
+    def all(self, selector: str) -> list:
+        return self.driver.find_elements(self.css, selector)
+
+    def upload(self, letter: str, path: Path) -> None:
+        self.wait(f"#audio-{letter} input[type=file]").send_keys(str(path))
+
+    def units(self, letter: str) -> list[int]:
+        """Units without repeats, as shown."""
+        return [int(b.get_attribute("data-unit")) for b in self.all(f"#view-{letter} .tier button")]
+
+    def foreign_requests(self) -> list[str]:
+        """Addresses outside this machine that the page asked for."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return [url for url in urls if url.startswith(("http", "ws")) and "//127.0.0.1" not in url]
+
+
+@pytest.fixture
+def page(address, tmp_path) -> Iterator[Page]:
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("chromium or chromedriver is not installed")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for switch in (*SWITCHES.split(), f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(switch)
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        yield Page(driver, address)
+    finally:
+        driver.quit()
+
+
+def downloaded(folder: Path) -> dict:
+    for _ in range(100):
+        for path in folder.glob("*.json"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            path.unlink()
+            return content
+        time.sleep(0.1)
+    raise AssertionError("nothing was downloaded")
+
+
+@pytest.mark.slow
+def test_upload_change_of_layer_download_and_comparison(page, model, files, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    pipe = pipeline("speech-to-units", model=str(model), deduplicate=True, device="cpu")
+    expected = {layer: [pipe(files / name, layer=layer) for name in ("first.wav", "second.wav")] for layer in (6, 7)}
+
+    page.upload("A", files / "first.wav")
+    page.wait("#view-A h3", "A: first.wav")
+    assert page.units("A") == expected[6][0]["units"]
+
+    # By keyboard alone: to the layer, one further, and back to the units.
+    page.wait("#layer input").send_keys(Keys.ARROW_DOWN, Keys.ENTER)
+    page.wait("#view-A p", "(layer 7)")
+    assert page.units("A") == expected[7][0]["units"] != expected[6][0]["units"]
+    first = page.wait("#view-A .tier button")
+    first.send_keys(Keys.ARROW_RIGHT)
+    chosen = page.driver.switch_to.active_element
+    assert chosen.get_attribute("data-unit") == str(expected[7][0]["units"][1])
+    chosen.send_keys(Keys.ENTER)
+    page.wait("#view-A button.playing, #view-A .said", f"unit {expected[7][0]['units'][1]}, ")
+    assert (
+        page.driver.execute_async_script("setTimeout(() => arguments[0](window.unitsAudio?.state), 500)") == "running"
+    )
+
+    page.upload("B", files / "second.wav")
+    page.wait("#comparison strong", "Edit distance")
+    assert page.units("B") == expected[7][1]["units"]
+    page.wait("#heard audio, #heard canvas, #heard [data-testid]")  # what the most frequent unit covers
+
+    page.wait("#download a").click()
+    report = downloaded(tmp_path / "downloads")
+    assert report["layer"] == 7 and report["model"] == str(model) and report["sha256"]
+    for row, name, units in zip(report["recordings"], ("first.wav", "second.wav"), expected[7], strict=True):
+        assert row["file"] == name and {key: row[key] for key in units} == units
+    distance = re.search(r"Edit distance (\d+)", page.wait("#comparison strong").text)
+    assert report["comparison"]["edit_distance"] == int(distance[1])
+
+    page.driver.set_window_size(420, 900)
+    width = page.driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    assert width <= 0  # wide things scroll inside, the page does not
+    assert page.foreign_requests() == []
+
+
+@pytest.mark.slow
+def test_bad_uploads_get_a_message(page, files):
+    for name, message in {
+        "text.wav": "text.wav is no audio file",
+        "empty.wav": "empty.wav is empty",
+        "short.wav": "short.wav is too short: 6.25 ms",
+        "hour.flac": "hour.flac is 60 minutes long",
+    }.items():
+        page.upload("A", files / name)
+        assert page.wait("#view-A [role=alert]", message)
+        assert "Traceback" not in page.driver.page_source and not page.all("#view-A .tier")
+        page.wait("#audio-A button[aria-label='Clear'], #audio-A button[title='Clear']").click()
+        page.wait("#audio-A input[type=file]")
+    page.upload("A", files / "first.wav")
+    page.wait("#view-A h3", "first.wav")

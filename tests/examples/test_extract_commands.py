@@ -1,0 +1,319 @@
+"""`extract_features.py` and `extract_units.py`: files and layouts, interrupted runs, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from commands import fails, run_command
+from tiny import tiny_model
+from walk import ROOT
+
+import spidr_hf.units.extraction_run
+from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
+from spidr_hf.data.manifests import Manifest, read_manifest
+from spidr_hf.units.kmeans import feature_files
+from spidr_hf.units.stores import Layout, UnitStore
+from spidr_hf.units.unit_files import predict_units, read_units
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    SpidrFeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, speech):
+    """A manifest of nine utterances in three folders."""
+    manifest = read_manifest(speech / "manifest.csv")
+    path = tmp_path_factory.mktemp("data") / "few.csv"
+    Manifest(manifest.table.take(np.arange(0, 66, 8)), manifest.root).write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(model_folder, data):
+    """Units of each utterance alone, by file id and layer."""
+    manifest, model = read_manifest(data), SpidrForPretraining.from_pretrained(model_folder)
+    units = {}
+    for i in range(len(manifest)):
+        alone = predict_units(model, SpidrFeatureExtractor(), [manifest.read(i)])
+        units[manifest.fileid(i)] = {layer: sequences[0].tolist() for layer, sequences in alone.items()}
+    return units
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_units_with_their_provenance(model_folder, data, expected, tmp_path):
+    done = run_command("extract_units", model_folder, data, tmp_path, "--batch-seconds", 20)
+    assert done.status == 0, done.err
+    assert "9 utterances computed" in done.out and "s per second" in done.out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3", "4"]  # nothing else stays behind
+    for layer in (2, 3, 4):
+        assert sorted(os.listdir(tmp_path / str(layer))) == ["units.jsonl", "units.provenance.json"]
+        lines = rows(tmp_path / str(layer) / "units.jsonl")
+        assert [row["file"] for row in lines] == list(expected)  # in the order of the data
+        assert lines == [{"file": name, "units": units[layer]} for name, units in expected.items()]
+        sidecar = json.loads((tmp_path / str(layer) / "units.provenance.json").read_text())
+        assert sidecar["model"] == str(model_folder) and len(sidecar["sha256"]) == 64
+        assert sidecar["layer"] == layer and sidecar["kind"] == "codebook predictions"
+        assert sidecar["window_seconds"] == 60 and sidecar["deduplicated"] is False and sidecar["utterances"] == 9
+
+
+def test_deduplicated_units_keep_their_durations(model_folder, data, expected, tmp_path):
+    assert run_command("extract_units", model_folder, data, tmp_path, "--layers", 3, "--deduplicate").status == 0
+    for row in rows(tmp_path / "3" / "units.jsonl"):
+        assert np.repeat(row["units"], row["durations"]).tolist() == expected[row["file"]][3]
+        assert all(a != b for a, b in zip(row["units"], row["units"][1:], strict=False))
+    # The same units with another layout of the lines need no second computation.
+    again = run_command("extract_units", model_folder, data, tmp_path, "--layers", 3, "--key", "name")
+    assert "0 utterances computed" in again.out and "9 were there before" in again.out
+    assert [row["name"] for row in rows(tmp_path / "3" / "units.jsonl")] == list(expected)
+    assert {name: units.tolist() for name, units in read_units(tmp_path / "3" / "units.jsonl").items()} == {
+        name: units[3] for name, units in expected.items()
+    }
+
+
+def test_discophon_and_fastabx(model_folder, data, expected, tmp_path):
+    discophon = ("--layout", "discophon", "--language", "eng", "--split", "test")
+    assert run_command("extract_units", model_folder, data, tmp_path / "d", "--layers", 4, *discophon).status == 0
+    lines = rows(tmp_path / "d" / "4" / "units-eng-test.jsonl")
+    assert [set(row) for row in lines] == [{"file", "units"}] * 9
+    assert [row["file"] for row in lines] == [name.split("/")[-1] for name in expected]
+    assert run_command("extract_features", model_folder, data, tmp_path / "d", "--layers", 4, *discophon).status == 0
+    features = sorted((tmp_path / "d" / "4" / "eng" / "test").glob("*.pt"))
+    assert [path.stem for path in features] == sorted(name.split("/")[-1] for name in expected)
+
+    assert (
+        run_command("extract_units", model_folder, data, tmp_path / "f", "--layers", 4, "--layout", "fastabx").status
+        == 0
+    )
+    assert [set(row) for row in rows(tmp_path / "f" / "4" / "units.jsonl")] == [{"audio", "units"}] * 9
+    again = run_command("extract_units", model_folder, data, tmp_path / "f", "--layers", 4, "--layout", "fastabx")
+    assert "9 were there before" in again.out
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_features(model_folder, data, expected, tmp_path, after):
+    options = ["--after-residual"] if after else []
+    done = run_command("extract_features", model_folder, data, tmp_path, "--layers", 4, 2, *options)
+    assert done.status == 0, done.err
+    model = SpidrForPretraining.from_pretrained(model_folder).spidr
+    manifest = read_manifest(data)
+    for layer in (2, 4):
+        sidecar = json.loads((tmp_path / str(layer) / "features.provenance.json").read_text())
+        assert sidecar["before_residual"] is not after and sidecar["complete"] and sidecar["utterances"] == 9
+        for i in range(len(manifest)):
+            features = torch.load(tmp_path / str(layer) / f"{manifest.fileid(i)}.pt", weights_only=True)
+            inputs = SpidrFeatureExtractor()(manifest.read(i), sampling_rate=16_000, return_tensors="pt")
+            with torch.no_grad():
+                alone = model.get_intermediate_outputs(inputs["input_values"], before_residual=not after)
+            assert features.dtype == torch.float32 and features.untyped_storage().nbytes() == features.nbytes
+            torch.testing.assert_close(features, alone[layer - 1][0], atol=1e-4, rtol=1e-4)
+
+
+def test_predictions_as_features(model_folder, data, expected, tmp_path):
+    done = run_command("extract_features", model_folder, data, tmp_path, "--layers", 3, "--predictions")
+    assert done.status == 0, done.err
+    for name, units in expected.items():
+        probabilities = torch.load(tmp_path / "3" / f"{name}.pt", weights_only=True)
+        assert probabilities.shape == (len(units[3]), 24)
+        torch.testing.assert_close(probabilities.sum(-1), torch.ones(len(units[3])))
+        assert probabilities.argmax(-1).tolist() == units[3]
+
+
+def test_numpy_features_of_a_folder(model_folder, tmp_path):
+    for name in ("a/x.wav", "b.flac"):
+        (tmp_path / "audio" / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "audio" / name, np.random.default_rng(0).normal(0, 0.1, 8000), 16_000)
+    done = run_command(
+        "extract_features", model_folder, tmp_path / "audio", tmp_path / "out", "--layers", 1, "--format", "npy"
+    )
+    assert done.status == 0, done.err
+    assert np.load(tmp_path / "out" / "1" / "a" / "x.npy").shape == (24, 48)
+
+
+def test_an_interrupted_run_goes_on(model_folder, data, expected, tmp_path, monkeypatch):
+    """Killed after two batches, with half a line written: the rest is computed, and nothing twice."""
+    original, batches = spidr_hf.units.extraction_run.extract, []
+
+    def dies(*args, **kwargs):
+        for batch in original(*args, **kwargs):
+            if len(batches) == 2:
+                raise KeyboardInterrupt
+            batches.append(batch)
+            yield batch
+
+    monkeypatch.setattr(spidr_hf.units.extraction_run, "extract", dies)
+    arguments = (model_folder, data, tmp_path, "--layers", 4, 3, "--batch-seconds", 10)
+    stopped = run_command("extract_units", *arguments)
+    assert stopped.status != 0 and "goes on from here" in stopped.err
+    assert not (tmp_path / "4").exists()  # no half-written units
+    (journal,) = (tmp_path / ".partial").glob("*/*.jsonl")
+    with journal.open("a") as file:
+        file.write('{"file": "half", "lay')
+    monkeypatch.undo()
+    done = run_command("extract_units", *arguments)
+    assert done.status == 0, done.err
+    found = sum(len(batch.results) for batch in batches)
+    assert found and f"{9 - found} utterances computed" in done.out and f"{found} were there before" in done.out
+    for layer in (3, 4):
+        assert rows(tmp_path / str(layer) / "units.jsonl") == [
+            {"file": name, "units": units[layer]} for name, units in expected.items()
+        ]
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_features_that_are_there_are_not_computed_again(model_folder, data, tmp_path):
+    arguments = (model_folder, data, tmp_path, "--layers", 2)
+    assert run_command("extract_features", *arguments).status == 0
+    files = sorted((tmp_path / "2").rglob("*.pt"))
+    times = [path.stat().st_mtime_ns for path in files]
+    files[3].rename(files[3].with_name(f".{files[3].stem}.123.partial.pt"))  # a process killed while it wrote
+    assert len(feature_files(tmp_path / "2")) == 8
+    again = run_command("extract_features", *arguments)
+    assert "1 utterances computed" in again.out and "8 were there before" in again.out
+    assert sorted((tmp_path / "2").rglob("*.pt")) == files
+    assert [path.stat().st_mtime_ns for i, path in enumerate(files) if i != 3] == times[:3] + times[4:]
+    fails(run_command("extract_features", *arguments, "--after-residual"), "another before residual", "--overwrite")
+    replaced = run_command("extract_features", *arguments, "--after-residual", "--overwrite")
+    assert "9 utterances computed" in replaced.out
+    assert json.loads((tmp_path / "2" / "features.provenance.json").read_text())["before_residual"] is False
+
+
+def test_other_options_or_data_are_not_overwritten_unasked(model_folder, data, tmp_path):
+    arguments = (model_folder, data, tmp_path, "--layers", 4)
+    assert run_command("extract_units", *arguments).status == 0
+    before = (tmp_path / "4" / "units.jsonl").read_bytes()
+    fails(run_command("extract_units", *arguments, "--window-seconds", 50), "window seconds", "60", "50", "--overwrite")
+    manifest = read_manifest(data)
+    Manifest(manifest.table.slice(2), manifest.root).write(tmp_path / "less.csv")
+    fails(run_command("extract_units", model_folder, tmp_path / "less.csv", *arguments[2:]), "not among the data")
+    assert (tmp_path / "4" / "units.jsonl").read_bytes() == before
+    less = run_command("extract_units", model_folder, tmp_path / "less.csv", *arguments[2:], "--overwrite")
+    assert less.status == 0 and len(rows(tmp_path / "4" / "units.jsonl")) == 7
+
+
+def test_corrupt_files_are_skipped_and_named(model_folder, tmp_path):
+    audio = tmp_path / "audio"
+    audio.mkdir()
+    for i in range(3):
+        soundfile.write(audio / f"{i}.flac", np.random.default_rng(i).normal(0, 0.1, 20_000), 16_000)
+    content = (audio / "1.flac").read_bytes()
+    (audio / "1.flac").write_bytes(content[: len(content) // 2])
+    (audio / "text.wav").write_text("no audio")
+    done = run_command("extract_units", model_folder, audio, tmp_path / "out", "--layers", 4)
+    assert done.status == 0
+    assert "2 files skipped (see skipped.jsonl)" in done.err
+    skipped = rows(tmp_path / "out" / "skipped.jsonl")
+    assert sorted(row["file"] for row in skipped) == ["1", "text"] and all(row["reason"] for row in skipped)
+    assert [row["file"] for row in rows(tmp_path / "out" / "4" / "units.jsonl")] == ["0", "2"]
+    # Mended, they are computed; the rest is not.
+    (audio / "1.flac").write_bytes(content)
+    (audio / "text.wav").unlink()
+    again = run_command("extract_units", model_folder, audio, tmp_path / "out", "--layers", 4)
+    assert "1 utterances computed" in again.out and not (tmp_path / "out" / "skipped.jsonl").exists()
+
+
+def test_nothing_but_corrupt_files(model_folder, tmp_path):
+    soundfile.write(tmp_path / "short.wav", np.zeros(100), 16_000)
+    fails(run_command("extract_units", model_folder, tmp_path, tmp_path / "out"), "None of the 1", "too short")
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("command", ["extract_units", "extract_features"])
+def test_bad_input(command, model_folder, data, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    out = tmp_path / "out"
+    fails(run_command(command, model_folder, empty, out), str(empty), "no audio files")
+    fails(run_command(command, model_folder, tmp_path / "nowhere", out), "nowhere", "no such file")
+    fails(run_command(command, tmp_path / "nomodel", data, out), "nomodel", "no model folder")
+    fails(run_command(command, "some/name", data, out), "some/name", "cannot be loaded")
+    fails(run_command(command, model_folder, data, out, "--layers", 9), "Layer 9", "to 4")
+    fails(run_command(command, model_folder, data, out, "--layers", 0), "Layer 0")
+    fails(run_command(command, model_folder, data, out, "--language", "eng"), "--layout discophon")
+    fails(
+        run_command(command, model_folder, data, out, "--layout", "discophon", "--language", "en", "--split", "x"),
+        "ISO 639-3",
+    )
+    fails(run_command(command, model_folder, data, out, "--window-seconds", 3), "longer than twice the context")
+    fails(run_command(command, model_folder, data, out, "--device", "gpu"), "gpu")
+    (tmp_path / "file").write_text("")
+    fails(run_command(command, model_folder, data, tmp_path / "file" / "out"), "Not a directory")
+    assert not out.exists()
+
+
+def test_models_without_what_it_takes(model_folder, data, tmp_path):
+    SpidrForPretraining.from_pretrained(model_folder).spidr.save_pretrained(tmp_path / "encoder")
+    SpidrFeatureExtractor().save_pretrained(tmp_path / "encoder")
+    fails(run_command("extract_units", tmp_path / "encoder", data, tmp_path / "out"), "lacks weights", "heads")
+    fails(run_command("extract_units", model_folder, data, tmp_path / "out", "--layers", 1), "Layer 1 has no codebook")
+    (tmp_path / "spidr.pt").write_bytes(b"x")
+    fails(run_command("extract_units", tmp_path / "spidr.pt", data, tmp_path / "out"), "convert_checkpoint.py")
+
+
+def test_names_that_would_meet_or_escape(tmp_path):
+    for layout in (Layout("discophon", "eng", "dev"), Layout("fastabx")):
+        with pytest.raises(ValueError, match="'a/x' and 'b/x' share 'x'"):
+            UnitStore(tmp_path, [1], ["a/x", "b/x"], {}, layout=layout)
+    UnitStore(tmp_path, [1], ["a/x", "b/x"], {})
+    for fileid in ("../x", "/etc/x"):
+        with pytest.raises(ValueError, match="leads out of the output folder"):
+            UnitStore(tmp_path, [1], [fileid], {})
+
+
+def test_teacher_labels(model_folder, data, tmp_path):
+    assert run_command("extract_units", model_folder, data, tmp_path, "--layers", 4, "--teacher").status == 0
+    model, manifest = SpidrForPretraining.from_pretrained(model_folder), read_manifest(data)
+    inputs = SpidrFeatureExtractor()(manifest.read(0), sampling_rate=16_000, return_tensors="pt")
+    labels = model.get_teacher_labels(inputs["input_values"])[0, -1]
+    assert rows(tmp_path / "4" / "units.jsonl")[0]["units"] == labels.tolist()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_files(model_folder, data, expected, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(ROOT / "examples" / "extract_units.py")]
+    command += [str(model_folder), str(data), str(tmp_path), "--layers", "3", "4"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "9 utterances computed" in done.stdout and done.stdout.count("utterances computed") == 1
+    for layer in (3, 4):
+        assert rows(tmp_path / str(layer) / "units.jsonl") == [
+            {"file": name, "units": units[layer]} for name, units in expected.items()
+        ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "4"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_half_written_file(model_folder, speech, tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "extract_units.py"),
+        str(model_folder),
+        str(speech / "small.tar"),
+    ]
+    command += [str(tmp_path), "--layers", "4", "--batch-seconds", "5"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(p.stat().st_size for p in tmp_path.glob(".partial/*/*.jsonl")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "4").exists()
+    done = run_command("extract_units", *command[2:])
+    assert done.status == 0 and "were there before" in done.out
+    assert len(rows(tmp_path / "4" / "units.jsonl")) == 66

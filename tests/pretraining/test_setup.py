@@ -1,0 +1,138 @@
+"""The parts of a pretraining step: gradient scaling, optimizer groups, loss scale, warnings."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+from runs import forget_processes
+from tiny import random_mask, tiny_model
+
+from spidr_hf.pretraining.config import make_config
+from spidr_hf.pretraining.setup import (
+    CollapseWatch,
+    LossScale,
+    StepResult,
+    drop_frozen,
+    exclude_parameters,
+    gather_all,
+    make_accelerator,
+    make_optimizer,
+    scale_and_clip,
+    small_batch_note,
+    spidr_name,
+)
+
+
+def config(**sections):
+    return make_config({"run": {"model_type": "spidr"}, "data": {"manifest": "x"}, **sections})
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1e6])
+def test_gradients_are_scaled_then_clipped(max_norm):
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(3)]
+    for parameter in parameters[:2]:
+        parameter.grad = torch.randn(3, 4)
+    scaled = [parameter.grad * 0.3 for parameter in parameters[:2]]
+    norm = scale_and_clip(parameters, torch.tensor(0.3), max_norm)
+    expected = torch.cat([gradient.flatten() for gradient in scaled])
+    torch.testing.assert_close(norm, expected.norm())
+    if max_norm < 1:
+        expected *= max_norm / expected.norm()
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in parameters[:2]]), expected, rtol=1e-4, atol=1e-7)
+    assert parameters[2].grad is None
+
+
+def test_the_optimizer_holds_what_trains_and_lets_go_what_freezes():
+    model = tiny_model().train()
+    optimizer = make_optimizer(model, config(optimizer={"lr": 1.0, "weight_decay": 0.5}).optimizer)
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert held == {p for p in model.parameters() if p.requires_grad} and len(optimizer.param_groups) == 2
+    assert not held & set(model.teacher.parameters())
+    model(torch.randn(2, 4000), mask_time_indices=random_mask(2, 12)).loss.backward()
+    optimizer.step()
+    model.freeze_feature_encoder()
+    drop_frozen(optimizer)
+    frozen = [*model.spidr.feature_extractor.parameters(), *model.spidr.feature_projection.parameters()]
+    assert len(optimizer.param_groups) == 1 and not {*optimizer.state} & {*frozen}
+    before = [parameter.clone() for parameter in frozen]
+    optimizer.step()  # weight decay would move them
+    assert all(torch.equal(parameter, old) for parameter, old in zip(frozen, before, strict=True))
+
+
+def test_parameters_are_excluded_by_the_names_spidr_has_for_them():
+    assert spidr_name("spidr.encoder.layers.0.attention.qkv.weight") == "student.layers.0.attention.qkv.weight"
+    assert spidr_name("spidr.feature_projection.projection.bias") == "feature_projection.projection.bias"
+    assert spidr_name("spidr.masked_spec_embed") == "mask_embedding" and spidr_name("heads.weight") == "heads.weight"
+    model = tiny_model()
+    exclude_parameters(model, config(optimizer={"exclude_from_optimizer": ["teacher", "student.layers.0"]}))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any("encoder.layers.0" in name for name in trained) and "spidr.masked_spec_embed" in trained
+    exclude_parameters(model, config(masking={"mask_prob": 0}))
+    assert not model.spidr.masked_spec_embed.requires_grad
+
+
+def test_loss_scale():
+    scale = LossScale(enabled=True)
+    start = scale.value
+    assert scale.explains_overflow
+    scale.update(finite=False)
+    assert scale.value == start / 2
+    for _ in range(1999):
+        scale.update(finite=True)
+    again = LossScale(enabled=True, state=scale.state())
+    again.update(finite=True)
+    assert again.value == start
+    for _ in range(10):
+        scale.update(finite=False)
+    assert scale.value == 1.0 and not scale.explains_overflow  # the scale is no excuse any more
+    off = LossScale(enabled=False, state=scale.state())
+    off.update(finite=False)
+    assert off.value == 1.0 and not off.explains_overflow
+
+
+def test_a_collapse_is_noticed_once_per_halving():
+    watch = CollapseWatch()
+    assert watch.look(40.0, [60, 60]) is None and watch.look(50.0, [62, 61]) is None
+    assert watch.look(13.0, [30, 30]) is None
+    warning = watch.look(12.0, [29, 28])
+    assert "COLLAPSING: target perplexity 12.0 (50.0 at its best)" in warning and "codebook_decay" in warning
+    watch = CollapseWatch(watch.state())
+    assert watch.look(11.0, [29, 28]) is None and watch.look(6.0, [20, 20]) is None
+    assert "active codewords per codebook 29, 5." in watch.look(30.0, [29, 5])  # one codebook is enough
+
+
+def test_small_batches_are_warned_about():
+    def note(world_size=1, **sections):
+        return small_batch_note(config(**sections), world_size)
+
+    assert note(world_size=16) is None
+    small = {"max_batch_length": 320_000, "max_sample_size": 320_000, "manifest": "x"}
+    warning = note(data=small)
+    assert "551 masked frames, 2.2 for each of 256 codewords" in warning and "gradient_accumulation_steps" in warning
+    assert note(data=small, optimizer={"gradient_accumulation_steps": 8}) is None
+    assert note(world_size=8, data=small) is None
+    assert note(data=small, model={"codebook_decay": 0.6}) is None
+    assert note(data=small, model={"codebook_decay": 1}) is None
+
+
+def test_results_are_fetched_in_one_piece():
+    model = tiny_model().train()
+    model(torch.randn(2, 4000), mask_time_indices=random_mask(2, 12))
+    statistics = model.reduce_statistics()
+    result = StepResult.send(statistics, torch.tensor(2.0)).result()
+    assert result.finite and result.grad_norm == 2.0 and result.loss == statistics.loss.item()
+    assert result.layer_losses == statistics.layer_losses.tolist()
+    assert result.active_codewords == statistics.active_codewords.tolist()
+    assert not StepResult.send(statistics, torch.tensor(float("inf"))).result().finite
+    assert gather_all([1, 2]) == [1, 2]
+
+
+def test_processes_wait_for_one_that_scans_for_long(tmp_path):
+    """NCCL would end a run after ten minutes."""
+    forget_processes()
+    try:
+        accelerator, _ = make_accelerator(config(optimizer={"dtype": "float32"}), tmp_path)
+        assert accelerator.init_handler.timeout >= timedelta(hours=1)
+    finally:
+        forget_processes()
