@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spidr_hf import SpidrConfig
-from spidr_hf.pretraining.spidr_names import SPIDR_FIELDS, to_model_section, to_spidr_config
+from spidr_hf.hub.spidr_names import SPIDR_FIELDS, to_model_section, to_spidr_config
 
 from .errors import ConversionError
 from .tensors import as_stored, check_tensors, expected_tensors

@@ -51,11 +51,11 @@ from spidr_hf.data.batches import PretrainingBatches
 from spidr_hf.data.batching import BucketSampler
 from spidr_hf.data.manifests import open_manifest
 from spidr_hf.data.masking import SpanMask, masked_frames
-from spidr_hf.pretraining.config import DataSection, MaskingSection
+from spidr_hf.data.sections import DataSection, MaskingSection
 from spidr_hf.pretraining.memory import training_memory
 from spidr_hf.system.allocation import keep_freed_memory, prepare_training_process
+from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import replaced_file, write_text
-from spidr_hf.units.arguments import clear_errors
 from spidr_hf.units.extractor import Extractor, feature_outputs
 
 from .benchmarks.peers import PEERS, Peer, difference, installed_peers, make_peer, spidr_span_masks

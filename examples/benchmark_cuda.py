@@ -45,8 +45,8 @@ from spidr_hf.kernels_spidr import (
     plain_norm_gelu,
     use_kernels,
 )
+from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import write_text
-from spidr_hf.units.arguments import clear_errors
 
 from .benchmarks.peers import difference, installed_peers, make_peer
 from .benchmarks.steps import (

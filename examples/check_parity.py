@@ -31,8 +31,8 @@ from spidr_hf.conversion.spidr_format import from_spidr
 from spidr_hf import SpidrForPretraining
 from spidr_hf.kernels_spidr import kernels_run, use_kernels
 from spidr_hf.pretraining.setup import compile_layers
+from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import write_text
-from spidr_hf.units.arguments import clear_errors
 
 from .benchmarks.parity import (
     Difference,

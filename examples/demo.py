@@ -27,10 +27,11 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 import numpy as np
 
 from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining
+from spidr_hf.data.alignments import read_alignments
 from spidr_hf.data.manifests import Manifest, read_manifest
-from spidr_hf.evaluation.phones import count_pairs, pnmi, read_alignments
+from spidr_hf.evaluation.phones import count_pairs, pnmi
 from spidr_hf.plots.figures import run_figure, unit_colours
-from spidr_hf.pretraining.setup import initial_model
+from spidr_hf.pretraining.start import initial_model
 from spidr_hf.units.unit_files import describe_model, predict_units, write_units
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,8 +22,11 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from spidr_hf import SpidrForAudioTokenization
-from spidr_hf.data.audio import SAMPLING_RATE, AudioError
-from spidr_hf.units.arguments import clear_errors, device_of, load_model
+from spidr_hf.configuration_spidr import SAMPLING_RATE
+from spidr_hf.hub.loading import load_model
+from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.errors import AudioError
+from spidr_hf.system.processes import device_of
 from spidr_hf.units.extractor import unit_layers
 from spidr_hf.units.unit_files import describe_model
 

@@ -25,8 +25,9 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from spidr_hf.evaluation.abx import FREQUENCY, abx, read_items
+from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import write_text
-from spidr_hf.units.arguments import clear_errors, device_of
+from spidr_hf.system.processes import device_of
 from spidr_hf.units.kmeans import FeatureFiles
 
 

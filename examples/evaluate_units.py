@@ -29,10 +29,11 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
-from spidr_hf.evaluation.phones import SILENCES, agreement, all_scores, count_pairs, match_names, read_alignments
+from spidr_hf.data.alignments import SILENCES, read_alignments
+from spidr_hf.evaluation.phones import agreement, all_scores, count_pairs, match_names
+from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import write_text
-from spidr_hf.units.arguments import clear_errors, known_units, unit_files
-from spidr_hf.units.unit_files import read_units
+from spidr_hf.units.unit_files import known_units, read_units, unit_files
 
 
 def main() -> None:

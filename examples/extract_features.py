@@ -31,16 +31,11 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from spidr_hf import SpidrForAudioTokenization, SpidrModel
+from spidr_hf.hub.loading import load_model
 from spidr_hf.system.allocation import keep_freed_memory
-from spidr_hf.units.arguments import (
-    add_extraction_arguments,
-    clear_errors,
-    device_of,
-    extract_to,
-    layout_of,
-    load_model,
-    start_processes,
-)
+from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.processes import device_of, start_processes
+from spidr_hf.units.arguments import add_extraction_arguments, extract_to, layout_of
 from spidr_hf.units.extractor import check_layers, feature_outputs, prediction_outputs, unit_layers
 from spidr_hf.units.stores import FeatureStore
 

@@ -39,9 +39,9 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from spidr_hf import SpidrForAudioFrameClassification, SpidrForSequenceClassification, SpidrForXVector
-from spidr_hf.data.audio import SAMPLING_RATE
+from spidr_hf.configuration_spidr import SAMPLING_RATE
 from spidr_hf.data.labels import Labels, read_phones
-from spidr_hf.data.manifests import AudioSource
+from spidr_hf.data.sources import AudioSource
 from spidr_hf.finetuning.arguments import (
     add_finetuning_arguments,
     config_changes,
@@ -56,8 +56,8 @@ from spidr_hf.finetuning.classification import FrameTask, SpeakerTask, Utterance
 from spidr_hf.finetuning.loop import finetune
 from spidr_hf.finetuning.reporter import describe_scores
 from spidr_hf.system.allocation import prepare_training_process
-from spidr_hf.training.run_state import die_with_launcher
-from spidr_hf.units.arguments import clear_errors, start_processes
+from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.processes import die_with_launcher, start_processes
 
 TASKS = {
     "utterance": (UtteranceTask, SpidrForSequenceClassification),

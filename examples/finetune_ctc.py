@@ -37,9 +37,9 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 from transformers import Wav2Vec2Processor
 
 from spidr_hf import SpidrForCTC
-from spidr_hf.data.audio import SAMPLING_RATE
+from spidr_hf.configuration_spidr import SAMPLING_RATE
 from spidr_hf.data.labels import Labels, read_phones, without_silence
-from spidr_hf.data.manifests import AudioSource
+from spidr_hf.data.sources import AudioSource
 from spidr_hf.finetuning.arguments import (
     add_finetuning_arguments,
     config_changes,
@@ -64,8 +64,8 @@ from spidr_hf.finetuning.loop import finetune
 from spidr_hf.finetuning.reporter import describe_scores, say
 from spidr_hf.finetuning.task import evaluate
 from spidr_hf.system.allocation import prepare_training_process
-from spidr_hf.training.run_state import die_with_launcher
-from spidr_hf.units.arguments import clear_errors, start_processes
+from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.processes import die_with_launcher, start_processes
 
 
 def main() -> None:

@@ -15,11 +15,12 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
-from spidr_hf.data.dataset_source import open_data
-from spidr_hf.evaluation.phones import count_pairs, match_names, read_alignments
+from spidr_hf.data.alignments import read_alignments
+from spidr_hf.data.open import open_data
+from spidr_hf.evaluation.phones import count_pairs, match_names
 from spidr_hf.plots.figures import save_figure, unit_colours, utterance_figure
-from spidr_hf.units.arguments import clear_errors, unit_files
-from spidr_hf.units.unit_files import read_units
+from spidr_hf.system.commands import clear_errors
+from spidr_hf.units.unit_files import read_units, unit_files
 
 
 def main() -> None:

@@ -41,7 +41,6 @@ import gc
 import logging
 import os
 import sys
-import tomllib
 from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
@@ -52,70 +51,40 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from spidr_hf.conversion.checkpoints import read_config, read_pretraining_checkpoint
 from spidr_hf.conversion.errors import ConversionError
-from spidr_hf.conversion.model_folder import load_folder
-from spidr_hf.conversion.sources import find_source
-from spidr_hf.conversion.spidr_format import objective_of
-from spidr_hf.conversion.tensors import check_tensors
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from spidr_hf import SpidrConfig, SpidrForPretraining
-from spidr_hf.data.audio import AudioError
 from spidr_hf.data.batches import dropout_seed
-from spidr_hf.data.batching import BatchingError
-from spidr_hf.data.manifests import ManifestError
 from spidr_hf.kernels_spidr import use_kernels
-from spidr_hf.pretraining.config import (
-    ConfigError,
-    PretrainingConfig,
-    describe_fields,
-    differences,
-    load_config,
-    make_config,
-)
+from spidr_hf.pretraining.config import PretrainingConfig, describe_fields, load_config
 from spidr_hf.pretraining.dry_run import dry_run
 from spidr_hf.pretraining.feeds import make_feed, open_source
 from spidr_hf.pretraining.hub_push import HubPush
 from spidr_hf.pretraining.reporter import Reporter
 from spidr_hf.pretraining.setup import (
-    LossScale,
     autocast,
     compile_layers,
-    distribute,
-    drop_frozen,
-    end_trackers,
     exclude_parameters,
-    gather_all,
-    initial_model,
     keep_compiled,
     make_accelerator,
     make_optimizer,
     save_final,
-    scale_and_clip,
     small_batch_note,
     whole_model,
 )
-from spidr_hf.pretraining.spidr_names import architecture_differences, to_model_section
+from spidr_hf.pretraining.start import make_model, resume_notes, settle_config
 from spidr_hf.pretraining.updates import Updates
 from spidr_hf.pretraining.validation_run import start_validation
 from spidr_hf.system.allocation import prepare_training_process
-from spidr_hf.system.files import write_text
+from spidr_hf.system.errors import AudioError, BatchingError, ConfigError, ManifestError, RunFolderError
+from spidr_hf.system.processes import RunLock, contact_lost, die_with_launcher, gather_all, kill_workers_at_exit
+from spidr_hf.training.checkpoints import Checkpoints, TrainerState
+from spidr_hf.training.optimizing import LossScale, drop_frozen, scale_and_clip
 from spidr_hf.training.profiling import StepProfiler
-from spidr_hf.training.run_state import (
-    Checkpoint,
-    Checkpoints,
-    RunFolderError,
-    RunLock,
-    StopSignal,
-    TrainerState,
-    contact_lost,
-    die_with_launcher,
-    kill_workers_at_exit,
-)
 from spidr_hf.training.schedules import learning_rate
-from spidr_hf.training.sharding import gradient_sync, shard, sharding_plugin
+from spidr_hf.training.sharding import distribute, gradient_sync, shard, sharding_plugin
+from spidr_hf.training.stopping import StopSignal
+from spidr_hf.training.trackers import end_trackers
 from spidr_hf.training.transfers import BatchMover
 
 USER_ERRORS = (AudioError, BatchingError, ConfigError, ConversionError, ManifestError, RunFolderError, OSError)
@@ -140,7 +109,7 @@ def main() -> None:
     try:
         config = load_config(args.config, overrides)
         if args.dry_run:
-            dry_run(config, args.output_dir, make_model, config_changes)
+            dry_run(config, args.output_dir)
         else:
             pretrain(config, args.output_dir)
     except USER_ERRORS as error:
@@ -289,79 +258,6 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
     # The other processes need not wait for a network.
     if is_main and config.run.push_to_hub and trained is not None and hub.final(output_dir / "final"):
         reporter.say(f"Pushed to https://huggingface.co/{hub.repo}")
-
-
-def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tuple[SpidrForPretraining, str]:
-    """The model to begin (or go on) with, and where it comes from."""
-    model = initial_model(config.model, config.run.random_seed)
-    if checkpoint is not None:
-        checkpoint.load_model(model)
-        return model, f"Continuing from {checkpoint.folder}."
-    start = config.run.init_ckpt
-    if start is None:
-        return model, "Beginning with random weights."
-    if (Path(start) / "config.json").exists() and (Path(start) / "model.safetensors").exists():
-        stored, tensors = load_folder(start)
-    else:
-        stored, tensors = read_original(start, config)
-    if differing := architecture_differences(stored, config.model):
-        values = ", ".join(
-            f"{name} is {theirs!r} there and {ours!r} here" for name, (theirs, ours) in differing.items()
-        )
-        raise ConfigError(f"`run.init_ckpt` {start} is another model than [model] says: {values}.")
-    check_tensors(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()}, what=start)
-    model.load_state_dict(tensors)
-    # Weights, codebooks and teacher are taken over; steps, and with them every schedule and the freeze, begin anew.
-    model.current_step.zero_()
-    return model, f"Beginning with the weights, codebooks and teacher of {start}."
-
-
-def read_original(start: str, config: PretrainingConfig) -> tuple[SpidrConfig, dict[str, Tensor]]:
-    """Config and tensors of a checkpoint in an original format. One that comes without config has that of [model]."""
-    found = find_source(start)
-    beside = found.config or (read_config(path) if (path := found.path.with_name("config.json")).is_file() else None)
-    given = to_model_section(config.model) if beside is None else None
-    objective = found.objective or (None if beside and objective_of(beside) else config.model.objective)
-    converted = read_pretraining_checkpoint(found.path, given, objective, config_beside=beside)
-    return converted.config, converted.tensors
-
-
-def settle_config(output_dir: Path, config: PretrainingConfig, checkpoint: Checkpoint | None) -> list[str]:
-    """Write config.toml; when resuming, say what is not as it was, and refuse another model."""
-    notes = config_changes(output_dir, config, checkpoint)
-    write_text(
-        output_dir / "config.toml",
-        f"# The whole configuration of this run. The command that began it continues it.\n\n{config.to_toml()}",
-    )
-    return notes
-
-
-def config_changes(output_dir: Path, config: PretrainingConfig, checkpoint: Checkpoint | None) -> list[str]:
-    """What is not as it was when the run in this folder began. Another model is refused."""
-    path = output_dir / "config.toml"
-    if checkpoint is None or not path.exists():
-        return []
-    before = make_config(tomllib.loads(path.read_text(encoding="utf-8"))).to_dict()
-    changed = differences(before, config.to_dict())
-    if model := [name for name in changed if name.startswith("model.") or name == "run.model_type"]:
-        raise ConfigError(
-            f"{output_dir} holds a run of another model ({', '.join(model)} differ). Choose another --output-dir; "
-            "its checkpoint can be that run's `run.init_ckpt`."
-        )
-    return [f"Changed since this run began: {name} {old!r} -> {new!r}" for name, (old, new) in changed.items()]
-
-
-def resume_notes(state: TrainerState, data: str, world_size: int, accumulation: int) -> list[str]:
-    """What will not be as it would have been without the interruption."""
-    notes = []
-    if (state.world_size, state.accumulation) != (world_size, accumulation):
-        notes.append(
-            f"Updates were made of {state.world_size} x {state.accumulation} batches (processes x accumulation) and "
-            f"now are of {world_size} x {accumulation}. The order of the utterances goes on as it was."
-        )
-    if state.data != data:
-        notes.append("The audio is not what it was when the run began, so this epoch's order is another.")
-    return notes
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import write_text
-from spidr_hf.units.arguments import clear_errors, device_of
+from spidr_hf.system.processes import device_of
 from spidr_hf.units.language_model import Pair, collapses, read_pairs, score_pairs, text_to_units, units_to_text
 from spidr_hf.units.unit_files import read_units
 

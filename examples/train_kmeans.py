@@ -21,7 +21,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
-from spidr_hf.units.arguments import clear_errors
+from spidr_hf.system.commands import clear_errors
 from spidr_hf.units.kmeans import feature_files, train_kmeans
 
 

@@ -35,8 +35,8 @@ from transformers import (
     set_seed,
 )
 
+from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import replaced_folder, write_text
-from spidr_hf.units.arguments import clear_errors, known_units
 from spidr_hf.units.language_model import (
     ARCHITECTURES,
     NGrams,
@@ -47,7 +47,7 @@ from spidr_hf.units.language_model import (
     unit_tokenizer,
     units_to_text,
 )
-from spidr_hf.units.unit_files import read_units
+from spidr_hf.units.unit_files import known_units, read_units
 
 
 def main() -> None:

@@ -33,9 +33,10 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 
 import torch
 
-from spidr_hf.pretraining.config import DTYPES
 from spidr_hf.pretraining.validation_run import RunFollower
-from spidr_hf.units.arguments import clear_errors, device_of
+from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.processes import device_of
+from spidr_hf.training.schedules import DTYPES
 
 
 def main() -> None:

@@ -17,11 +17,10 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
-from spidr_hf.data.alignments import write_items
-from spidr_hf.evaluation.phones import SILENCES, read_alignments
-from spidr_hf.layers_spidr import frame_lengths
+from spidr_hf.configuration_spidr import frame_lengths
+from spidr_hf.data.alignments import SILENCES, read_alignments, write_items
 from spidr_hf.modeling_spidr import SpidrConfig
-from spidr_hf.units.arguments import clear_errors
+from spidr_hf.system.commands import clear_errors
 
 
 def main() -> None:

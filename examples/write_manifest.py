@@ -14,7 +14,8 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
-from spidr_hf.data.manifests import ManifestError, scan_folder, scan_tar
+from spidr_hf.data.manifests import scan_folder, scan_tar
+from spidr_hf.system.errors import ManifestError
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 import math
 from difflib import get_close_matches
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -296,4 +298,29 @@ def _is_positive_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-__all__ = ["SpidrConfig"]
+def conv_output_length(length, kernel: int, stride: int):
+    """Number of outputs of a convolution without padding over `length` inputs (an int or an integer tensor)."""
+    if isinstance(length, Tensor):
+        return torch.div(length - kernel, stride, rounding_mode="floor") + 1
+    return (length - kernel) // stride + 1
+
+
+def frame_lengths(config: SpidrConfig, lengths):
+    """Frames T of `lengths` samples (an int or an integer tensor), at least 0."""
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        lengths = conv_output_length(lengths, kernel, stride)
+    return lengths.clamp(min=0) if isinstance(lengths, Tensor) else max(lengths, 0)
+
+
+def receptive_field(config: SpidrConfig) -> int:
+    """Samples that one frame sees (400 for the base model); shorter audio has no frame."""
+    field = 1
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        field = (field - 1) * stride + kernel
+    return field
+
+
+SAMPLING_RATE = 16_000
+
+
+__all__ = ["SAMPLING_RATE", "SpidrConfig", "conv_output_length", "frame_lengths", "receptive_field"]

@@ -17,7 +17,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_spidr import SpidrConfig
+from .configuration_spidr import SpidrConfig, conv_output_length, frame_lengths, receptive_field
 from .cpu_spidr import (
     SpidrDropout,
     attends_by_products,
@@ -39,28 +39,6 @@ from .kernels_spidr import grouped_conv1d, kernels_run, norm_gelu
 # float32 on CPU (smaller pieces are slower), and enough to fill a GPU.
 CHUNK_SAMPLES_CPU = 64_000
 CHUNK_SAMPLES = 4_000_000
-
-
-def conv_output_length(length, kernel: int, stride: int):
-    """Number of outputs of a convolution without padding over `length` inputs (an int or an integer tensor)."""
-    if isinstance(length, Tensor):
-        return torch.div(length - kernel, stride, rounding_mode="floor") + 1
-    return (length - kernel) // stride + 1
-
-
-def frame_lengths(config: SpidrConfig, lengths):
-    """Frames T of `lengths` samples (an int or an integer tensor), at least 0."""
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        lengths = conv_output_length(lengths, kernel, stride)
-    return lengths.clamp(min=0) if isinstance(lengths, Tensor) else max(lengths, 0)
-
-
-def receptive_field(config: SpidrConfig) -> int:
-    """Samples that one frame sees (400 for the base model); shorter audio has no frame."""
-    field = 1
-    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
-        field = (field - 1) * stride + kernel
-    return field
 
 
 class _StridedConv1d(torch.autograd.Function):
@@ -548,8 +526,5 @@ __all__ = [
     "SpidrFeatureEncoder",
     "SpidrFeatureProjection",
     "conv1d_channels_last",
-    "conv_output_length",
-    "frame_lengths",
     "masked_var_mean",
-    "receptive_field",
 ]

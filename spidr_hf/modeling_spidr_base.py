@@ -12,7 +12,7 @@ from transformers.modeling_outputs import Wav2Vec2BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .codebooks_spidr import SpidrCodebooks, SpidrPredictionHeads
-from .configuration_spidr import SpidrConfig
+from .configuration_spidr import SpidrConfig, frame_lengths, receptive_field
 from .hub_spidr import AUTO_MAP, save_code_files
 from .layers_spidr import (
     SpidrAttention,
@@ -22,8 +22,6 @@ from .layers_spidr import (
     SpidrFeatureProjection,
     SpidrFeedForward,
     SpidrPositionalConvEmbedding,
-    frame_lengths,
-    receptive_field,
 )
 
 

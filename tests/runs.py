@@ -16,7 +16,8 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
-from spidr_hf.pretraining.config import dump_toml, load_config
+from spidr_hf.pretraining.config import load_config
+from spidr_hf.system.fields import dump_toml
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "pretrain.py"
 TINY = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from runs import TINY, write_audio
 
-from spidr_hf.pretraining.config import dump_toml
+from spidr_hf.system.fields import dump_toml
 
 
 def write_run(folder: Path, **sections: dict) -> Path:

@@ -21,10 +21,12 @@ from spidr_hf import SpidrForPretraining
 from spidr_hf.data.batches import Batch
 from spidr_hf.data.batching import BatchKey, Position
 from spidr_hf.pretraining.config import make_config
-from spidr_hf.pretraining.setup import LossScale, compile_layers, make_optimizer, scale_and_clip
+from spidr_hf.pretraining.setup import compile_layers, make_optimizer
 from spidr_hf.pretraining.updates import Updates
-from spidr_hf.training.run_state import TrainerState
-from spidr_hf.training.transfers import BatchMover, HostCopy
+from spidr_hf.system.host_copy import HostCopy
+from spidr_hf.training.checkpoints import TrainerState
+from spidr_hf.training.optimizing import LossScale, scale_and_clip
+from spidr_hf.training.transfers import BatchMover
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 # Twelve batches of different lengths and, as in training, the fewer rows the longer they are.

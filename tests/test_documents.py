@@ -8,8 +8,10 @@ import pytest
 from tiny import tiny_model
 
 from spidr_hf import SpidrFeatureExtractor
-from spidr_hf.pretraining.config import DataSection, OptimizerSection, RunSection
-from spidr_hf.pretraining.spidr_names import MODEL_SECTION_FIELDS
+from spidr_hf.data.sections import DataSection
+from spidr_hf.hub.spidr_names import MODEL_SECTION_FIELDS
+from spidr_hf.pretraining.config import RunSection
+from spidr_hf.training.schedules import OptimizerSection
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -50,9 +52,8 @@ def test_options_that_are_named_exist(document):
     code = "\n".join(
         text(path) for folder in ("spidr_hf", "conversion", "examples") for path in ROOT.glob(f"{folder}/**/*.py")
     )
-    fields_of_configs = text(ROOT / "spidr_hf" / "pretraining" / "config.py") + text(
-        ROOT / "spidr_hf" / "data" / "masking.py"
-    )
+    files = ("data/sections.py", "data/masking.py", "pretraining/config.py", "training/schedules.py")
+    fields_of_configs = "".join(text(ROOT / "spidr_hf" / name) for name in files)
     launcher = {
         "--config_file",
         "--machine_rank",

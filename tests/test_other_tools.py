@@ -14,8 +14,9 @@ from commands import run_command
 from tiny import tiny_model
 
 from spidr_hf import SpidrFeatureExtractor
+from spidr_hf.data.alignments import read_alignments
 from spidr_hf.data.manifests import Manifest, read_manifest
-from spidr_hf.evaluation.phones import phone_steps, read_alignments
+from spidr_hf.evaluation.phones import phone_steps
 
 pytestmark = pytest.mark.slow
 PYTHON = os.environ.get("FASTABX_PYTHON", sys.executable)

@@ -17,13 +17,13 @@ import pyarrow.csv
 import soundfile
 from torch.utils.data import Dataset
 
-from spidr_hf.configuration_spidr import SpidrConfig
-from spidr_hf.data.audio import SAMPLING_RATE, read_audio, read_window
+from spidr_hf.configuration_spidr import SAMPLING_RATE, SpidrConfig
+from spidr_hf.data.audio import read_audio, read_window
 from spidr_hf.data.batches import PretrainingBatches, make_loader, make_sampler
 from spidr_hf.data.batching import BatchKey, BucketSampler, Position
 from spidr_hf.data.manifests import Manifest, open_manifest, scan_folder
 from spidr_hf.data.masking import SpanMask, masked_frames
-from spidr_hf.pretraining.config import DataSection, MaskingSection
+from spidr_hf.data.sections import DataSection, MaskingSection
 
 # LibriSpeech's utterances, roughly: what a manifest made here says of its lengths.
 _MEAN_SECONDS, _SPREAD_SECONDS = 12.3, 3.8

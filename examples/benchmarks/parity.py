@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from spidr_hf.modeling_spidr import SpidrForPretraining
-from spidr_hf.pretraining.config import OptimizerSection
-from spidr_hf.pretraining.setup import make_optimizer, scale_and_clip
+from spidr_hf.pretraining.setup import make_optimizer
+from spidr_hf.training.optimizing import scale_and_clip
+from spidr_hf.training.schedules import OptimizerSection
 
 # What was computed and what was recorded, by the recording's name.
 Pairs = dict[str, tuple[Tensor, Tensor]]

@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from spidr_hf.configuration_spidr import frame_lengths
 from spidr_hf.data.batches import Batch
 from spidr_hf.data.batching import BatchKey, Position
 from spidr_hf.kernels_spidr import use_kernels
-from spidr_hf.layers_spidr import frame_lengths
 from spidr_hf.modeling_spidr import SpidrForPretraining
-from spidr_hf.pretraining.config import OptimizerSection
-from spidr_hf.pretraining.setup import LossScale, StepResult, compile_layers, make_optimizer, scale_and_clip
+from spidr_hf.pretraining.setup import StepResult, compile_layers, make_optimizer
 from spidr_hf.pretraining.updates import Updates
-from spidr_hf.training.run_state import TrainerState
+from spidr_hf.training.checkpoints import TrainerState
+from spidr_hf.training.optimizing import LossScale, scale_and_clip
+from spidr_hf.training.schedules import OptimizerSection
 from spidr_hf.training.transfers import BatchMover
 
 from .peers import spidr_batch

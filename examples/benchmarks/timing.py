@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from spidr_hf.configuration_spidr import SpidrConfig
+from spidr_hf.configuration_spidr import SpidrConfig, frame_lengths
 from spidr_hf.cpu_spidr import fast_product, fast_products
-from spidr_hf.layers_spidr import frame_lengths
 
 # Dense bfloat16 products, in 10^12 operations per second, as the manufacturer states them.
 GPU_PEAKS = {

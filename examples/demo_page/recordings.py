@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
-from spidr_hf.configuration_spidr import SpidrConfig
-from spidr_hf.data.audio import SAMPLING_RATE, AudioError, read_audio, read_info
-from spidr_hf.layers_spidr import receptive_field
+from spidr_hf.configuration_spidr import SAMPLING_RATE, SpidrConfig, receptive_field
+from spidr_hf.data.audio import read_audio, read_info
+from spidr_hf.system.errors import AudioError
 from spidr_hf.units.extractor import unit_layers
 from spidr_hf.units.unit_files import deduplicate, predict_units
 

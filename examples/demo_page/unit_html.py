@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 from matplotlib.figure import Figure
 
-from spidr_hf.data.audio import SAMPLING_RATE
+from spidr_hf.configuration_spidr import SAMPLING_RATE
 from spidr_hf.plots.figures import draw_spectrogram
 
 from .comparison import compare_units

@@ -29,7 +29,8 @@ from typing import Any
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from spidr_hf.pretraining.config import ConfigError, PretrainingConfig, load_config
+from spidr_hf.pretraining.config import PretrainingConfig, load_config
+from spidr_hf.system.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent
 # What the jobs find in their environment: this interpreter, this repository.

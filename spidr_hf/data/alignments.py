@@ -1,5 +1,6 @@
 """Phone alignments as they come: Praat's TextGrid, CTM, one label per step; and the item files made of them."""
 
+import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -172,10 +173,66 @@ def write_items(
     return len(lines)
 
 
+STEP = 0.01  # seconds
+
+
+SILENCES = ("SIL", "SP", "SPN", "PAU", "<SIL>", "<EPS>", "")
+
+
+def read_alignments(
+    path: str | os.PathLike, *, step: float = STEP, tier: str | None = None
+) -> dict[str, list[tuple[str, float, float]]]:
+    """
+    Phones of each utterance, `(phone, start, end)` in seconds, by file id.
+
+    Args:
+        path: JSON lines with the keys `id` and `phones` (`[phone, start, end]` in seconds each, or one label per
+            step); a `.ctm` file; a `.txt` file with the columns `#file onset offset #phone` (DiscoPhon's); a
+            `.TextGrid` file or a folder of them, whose file ids are paths without suffix.
+        step: Seconds per label, where there is one per step.
+        tier: Name of the TextGrids' tier (by default the one named like phones, or the only one).
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder of alignments.")
+    if path.is_dir() or path.suffix.lower() == ".textgrid":
+        return read_textgrids(path, tier)
+    if path.suffix.lower() == ".ctm":
+        return read_ctm(path)
+    if path.suffix.lower() == ".txt":
+        return read_rows(path)
+    return _read_jsonl(path, step)
+
+
+def _read_jsonl(path: Path, step: float) -> dict[str, list[tuple[str, float, float]]]:
+    alignments: dict[str, list[tuple[str, float, float]]] = {}
+    with Path(path).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                if row["phones"] and not isinstance(row["phones"][0], list):
+                    phones = phones_of_steps(row["phones"], step)
+                else:
+                    phones = [(str(phone), float(start), float(end)) for phone, start, end in row["phones"]]
+                fileid = row["id"] if "id" in row else row["file"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f'{path}, line {number} is not of the form {{"id": "...", "phones": [["AH", 0.0, 0.1], ...]}} '
+                    f"({error!r})."
+                ) from error
+            if fileid in alignments:
+                raise ValueError(f"{path}, line {number}: the id {fileid!r} was there before.")
+            alignments[fileid] = phones
+    return alignments
+
+
 __all__ = [
     "SILENCE",
+    "SILENCES",
+    "STEP",
     "Phones",
     "phones_of_steps",
+    "read_alignments",
     "read_ctm",
     "read_rows",
     "read_textgrid",

@@ -17,7 +17,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import soundfile
 
-SAMPLING_RATE = 16_000
+from ..configuration_spidr import SAMPLING_RATE
+from ..system.errors import AudioError
+
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".w64", ".caf", ".au")
 # What torchcodec reads beside these.
 FURTHER_SUFFIXES = (".m4a", ".mp4", ".webm", ".mkv", ".mka", ".wma")
@@ -25,10 +27,6 @@ _UNKNOWN_FORMAT = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT; anything else is
 # Containers count what the encoder added before and after; a file this much shorter than its header says is cut off.
 _SHORTER = 0.9
 _RESAMPLE = "Convert it, or ask for resampling (--resample; --data.resample true where audio is set in a config)."
-
-
-class AudioError(ValueError):
-    """Audio that cannot be used; the message names the file and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +244,6 @@ def _unreadable(source: str | Path | bytes | BinaryIO, name: str, error: Excepti
 __all__ = [
     "AUDIO_SUFFIXES",
     "FURTHER_SUFFIXES",
-    "SAMPLING_RATE",
-    "AudioError",
     "AudioInfo",
     "FileWindow",
     "audio_suffixes",

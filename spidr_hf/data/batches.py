@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..configuration_spidr import SpidrConfig
+from ..configuration_spidr import SpidrConfig, frame_lengths, receptive_field
 from ..feature_extraction_spidr import SpidrFeatureExtractor
-from ..layers_spidr import frame_lengths, receptive_field
-from ..pretraining.config import DataSection, MaskingSection
-from ..training.run_state import die_with_parent
-from .audio import AudioError
+from ..system.errors import AudioError
+from ..system.processes import die_with_parent
 from .batching import BatchKey, BucketSampler
-from .manifests import AudioSource, Skipped
 from .masking import masked_frames
+from .sections import DataSection, MaskingSection
+from .sources import AudioSource, Skipped
 
 # What a random number is drawn for; part of its seed.
 _CROP, _MASK, _REPLACEMENT, _DROPOUT = range(4)

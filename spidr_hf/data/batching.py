@@ -29,13 +29,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from .audio import SAMPLING_RATE
+from ..configuration_spidr import SAMPLING_RATE
+from ..system.errors import BatchingError
 
 BUCKET_METHODS = ("uniform", "percentile")
-
-
-class BatchingError(ValueError):
-    """Audio of which no batches can be made; the message says why."""
 
 
 class Position(NamedTuple):
@@ -295,7 +292,6 @@ def _pack_padded(lengths: np.ndarray, max_batch_length: int) -> array:
 __all__ = [
     "BUCKET_METHODS",
     "BatchKey",
-    "BatchingError",
     "BucketSampler",
     "EpochBatches",
     "Position",

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.phones import SILENCES, read_alignments
-from .alignments import Phones
-from .dataset_source import DatasetSource
-from .manifests import AudioSource
+from .alignments import SILENCES, Phones, read_alignments
+from .datasets_source import DatasetSource
+from .sources import AudioSource
 
 _ID_COLUMNS = ("fileid", "id", "file", "path")
 

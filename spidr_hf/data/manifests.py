@@ -6,15 +6,14 @@ uncompressed tar, and is one `AudioSource`: whatever else offers audio (say, a `
 methods.
 """
 
-import csv
 import json
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,58 +22,14 @@ import pyarrow.csv
 import pyarrow.json
 from tqdm import tqdm
 
+from ..system.errors import AudioError, ManifestError
 from ..system.files import replaced_file
-from .audio import AudioError, FileWindow, audio_suffixes, read_audio, read_info, read_window
+from .audio import FileWindow, audio_suffixes, read_audio, read_info, read_window
+from .manifest_files import SCHEMA, read_csv, read_jsonl, read_tsv, rows_of, write_csv, write_jsonl
+from .sources import Skipped
 
-_SCHEMA = pa.schema(
-    {
-        "fileid": pa.large_string(),
-        "path": pa.large_string(),
-        "num_samples": pa.int64(),
-        "archive": pa.large_string(),
-        "byte_offset": pa.int64(),
-        "byte_size": pa.int64(),
-    }
-)
 _TAR_COLUMNS = ("archive", "byte_offset", "byte_size")
 _SCAN_THREADS = 8
-
-
-class ManifestError(ValueError):
-    """A manifest, folder or tar that cannot be used; the message says what to do."""
-
-
-class Skipped(NamedTuple):
-    """An utterance that was left out, and why."""
-
-    fileid: str
-    reason: str
-
-
-class AudioSource(Protocol):
-    """Utterances by index: what pretraining, feature extraction and evaluation read from.
-
-    `num_samples` (int64, one entry per utterance) is known without decoding anything. `fingerprint` tells one set of
-    utterances from another. `skipped` lists what was left out on opening.
-    """
-
-    num_samples: np.ndarray
-
-    @property
-    def skipped(self) -> Sequence[Skipped]: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def fileid(self, index: int) -> str:
-        """Unique name of the utterance."""
-        ...
-
-    def read(self, index: int) -> np.ndarray:
-        """Waveform: S samples, float32, mono, 16 kHz. Raises `AudioError` where it cannot be had."""
-        ...
 
 
 class Manifest:
@@ -164,8 +119,8 @@ class Manifest:
         """
         path = Path(path)
         writers: dict[str, Callable[[IO[str], pa.Table], None]] = {
-            ".csv": _write_csv,
-            ".jsonl": _write_jsonl,
+            ".csv": write_csv,
+            ".jsonl": write_jsonl,
             ".tsv": self._write_tsv,
         }
         if path.suffix not in writers:
@@ -216,7 +171,7 @@ class Manifest:
 
     def _write_tsv(self, file: IO[str], table: pa.Table) -> None:
         file.write(f"{self.root}\n")
-        for row in _rows(table):
+        for row in rows_of(table):
             file.write(f"{row['path']}\t{row['num_samples']}\n")
 
 
@@ -301,7 +256,7 @@ def open_manifest(
 def read_manifest(path: str | Path, *, resample: bool = False) -> Manifest:
     """Manifest file in one of the formats `.csv`, `.jsonl` (same columns) or `.tsv` (fairseq)."""
     path = Path(path)
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_jsonl, ".tsv": _read_tsv}
+    readers = {".csv": read_csv, ".jsonl": read_jsonl, ".json": read_jsonl, ".tsv": read_tsv}
     if path.suffix not in readers:
         raise ManifestError(
             f"{path}: unknown kind of data. Manifests end in .csv, .jsonl or .tsv; audio comes as a folder or as a "
@@ -399,45 +354,6 @@ def _split(rows: Iterable[tuple[str, int | AudioError]], name: str) -> tuple[dic
     return columns, skipped
 
 
-def _read_csv(path: Path) -> tuple[pa.Table, Path]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        header = next(csv.reader(file), [])
-    table = pyarrow.csv.read_csv(
-        path,
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=_SCHEMA,
-            include_columns=[name for name in _SCHEMA.names if name in header],
-            strings_can_be_null=False,
-        ),
-    )
-    return table if table.num_columns else table.select([]), path.parent
-
-
-def _read_jsonl(path: Path) -> tuple[pa.Table, Path]:
-    # The JSON reader knows no large_string; `_checked` casts.
-    fields = {name: pa.string() if pa.types.is_large_string(kind) else kind for name, kind in _fields()}
-    options = pyarrow.json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore")
-    table = pyarrow.json.read_json(path, parse_options=options)
-    return table.select(
-        [name for name in table.column_names if table.column(name).null_count < len(table)]
-    ), path.parent
-
-
-def _read_tsv(path: Path) -> tuple[pa.Table, Path]:
-    with open(path, encoding="utf-8") as file:
-        root = file.readline().rstrip("\r\n")
-    if not root or "\t" in root:
-        raise ManifestError(f"{path}: the first line of a fairseq TSV is the folder that its paths are relative to.")
-    table = pyarrow.csv.read_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(skip_rows=1, column_names=["path", "num_samples"]),
-        parse_options=pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=_SCHEMA, strings_can_be_null=False),
-    )
-    beside = path.absolute().parent / root
-    return table, beside if beside.exists() else Path(root)
-
-
 def _mapped_again(path: str, key: str) -> Manifest:
     if (manifest := Manifest.load(path, key)) is None:
         raise ManifestError(f"{path}: was changed while it was in use. Start again.")
@@ -448,10 +364,6 @@ def _held_again(*content: Any) -> Manifest:
     manifest = Manifest.__new__(Manifest)
     manifest._hold(*content)
     return manifest
-
-
-def _fields() -> list[tuple[str, pa.DataType]]:
-    return [(field.name, field.type) for field in _SCHEMA]
 
 
 def _checked(table: pa.Table, name: str) -> pa.Table:
@@ -469,8 +381,8 @@ def _checked(table: pa.Table, name: str) -> pa.Table:
         )
     if "fileid" not in table.column_names:
         table = table.append_column("fileid", _fileids(table.column("path").cast(pa.large_string())))
-    columns = [column for column in _SCHEMA.names if column in table.column_names]
-    table = table.select(columns).cast(pa.schema([_SCHEMA.field(column) for column in columns])).combine_chunks()
+    columns = [column for column in SCHEMA.names if column in table.column_names]
+    table = table.select(columns).cast(pa.schema([SCHEMA.field(column) for column in columns])).combine_chunks()
 
     for column in ("fileid", "path", "num_samples"):
         values = table.column(column)
@@ -517,31 +429,4 @@ def _int64(table: pa.Table, column: str) -> np.ndarray:
     return (values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()).to_numpy(zero_copy_only=False)
 
 
-def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in table.to_batches(max_chunksize=65_536):
-        yield from batch.to_pylist()
-
-
-def _write_csv(file: IO[str], table: pa.Table) -> None:
-    writer = csv.DictWriter(file, table.column_names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_rows(table))
-
-
-def _write_jsonl(file: IO[str], table: pa.Table) -> None:
-    for row in _rows(table):
-        file.write(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n")
-
-
-__all__ = [
-    "AudioSource",
-    "Manifest",
-    "ManifestError",
-    "Skipped",
-    "load_scan",
-    "open_manifest",
-    "read_manifest",
-    "save_scan",
-    "scan_folder",
-    "scan_tar",
-]
+__all__ = ["Manifest", "load_scan", "open_manifest", "read_manifest", "save_scan", "scan_folder", "scan_tar"]

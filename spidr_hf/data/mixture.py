@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .audio import SAMPLING_RATE
-from .manifests import AudioSource, ManifestError, Skipped
+from ..configuration_spidr import SAMPLING_RATE
+from ..system.errors import ManifestError
+from .sources import AudioSource, Skipped
 
 
 class MixedSource:

@@ -24,11 +24,12 @@ import fsspec.asyn
 import numpy as np
 import torch.utils.data
 
-from .audio import AudioError, read_audio, read_info
+from ..system.errors import AudioError, ManifestError
+from .audio import read_audio, read_info
 from .batches import Batch, BatchBuilder, empty_batch, too_short
 from .batching import BatchKey, Position, length_buckets, shuffled_batches
-from .dataset_source import audio_column, load_dataset, row_name, stored_audio
-from .manifests import ManifestError, Skipped
+from .datasets_source import audio_column, load_dataset, row_name, stored_audio
+from .sources import Skipped
 
 # What the numbers of a stream are drawn for; part of their seeds.
 _DEAL, _ORDER, _BLOCK = range(3)

@@ -5,67 +5,16 @@ Definitions of HuBERT (arXiv 2106.07447), over 10 ms steps: a unit covers 20 ms,
 step's phone is the one at its middle. Silence is a phone like the others, unless it is left out (`without_silence`).
 """
 
-import json
-import os
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 
-from ..data.alignments import Phones, phones_of_steps, read_ctm, read_rows, read_textgrids
+from ..data.alignments import SILENCES, STEP, Phones
 
-STEP = 0.01  # seconds
 UNIT = 0.02  # seconds that a unit covers
 # The convolutions drop up to 399 samples at the end of an utterance: just under 25 ms, two whole steps of 10 ms.
 _DROPPED = 0.0249
-SILENCES = ("SIL", "SP", "SPN", "PAU", "<SIL>", "<EPS>", "")
-
-
-def read_alignments(
-    path: str | os.PathLike, *, step: float = STEP, tier: str | None = None
-) -> dict[str, list[tuple[str, float, float]]]:
-    """
-    Phones of each utterance, `(phone, start, end)` in seconds, by file id.
-
-    Args:
-        path: JSON lines with the keys `id` and `phones` (`[phone, start, end]` in seconds each, or one label per
-            step); a `.ctm` file; a `.txt` file with the columns `#file onset offset #phone` (DiscoPhon's); a
-            `.TextGrid` file or a folder of them, whose file ids are paths without suffix.
-        step: Seconds per label, where there is one per step.
-        tier: Name of the TextGrids' tier (by default the one named like phones, or the only one).
-    """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder of alignments.")
-    if path.is_dir() or path.suffix.lower() == ".textgrid":
-        return read_textgrids(path, tier)
-    if path.suffix.lower() == ".ctm":
-        return read_ctm(path)
-    if path.suffix.lower() == ".txt":
-        return read_rows(path)
-    return _read_jsonl(path, step)
-
-
-def _read_jsonl(path: Path, step: float) -> dict[str, list[tuple[str, float, float]]]:
-    alignments: dict[str, list[tuple[str, float, float]]] = {}
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                if row["phones"] and not isinstance(row["phones"][0], list):
-                    phones = phones_of_steps(row["phones"], step)
-                else:
-                    phones = [(str(phone), float(start), float(end)) for phone, start, end in row["phones"]]
-                fileid = row["id"] if "id" in row else row["file"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f'{path}, line {number} is not of the form {{"id": "...", "phones": [["AH", 0.0, 0.1], ...]}} '
-                    f"({error!r})."
-                ) from error
-            if fileid in alignments:
-                raise ValueError(f"{path}, line {number}: the id {fileid!r} was there before.")
-            alignments[fileid] = phones
-    return alignments
 
 
 def phone_steps(phones: Phones, step: float = STEP) -> np.ndarray:
@@ -307,8 +256,6 @@ def _without_repeats(values: np.ndarray) -> np.ndarray:
 
 
 __all__ = [
-    "SILENCES",
-    "STEP",
     "UNIT",
     "Phones",
     "active_units",
@@ -324,7 +271,6 @@ __all__ = [
     "phone_purity",
     "phone_steps",
     "pnmi",
-    "read_alignments",
     "unit_entropy",
     "without_silence",
 ]

@@ -10,13 +10,15 @@ import torch
 from accelerate import PartialState
 
 from ..configuration_spidr import SpidrConfig
-from ..data.dataset_source import open_data
 from ..data.labels import Labels, held_out, parse_hold_out
-from ..data.manifests import AudioSource
+from ..data.open import open_data
+from ..data.sources import AudioSource
 from ..feature_extraction_spidr import SpidrFeatureExtractor
+from ..hub.loading import loading
 from ..modeling_spidr_heads import SpidrHeadModel
-from ..units.arguments import add_data_arguments, loading
-from .reporter import read_rows, say
+from ..training.metrics import read_rows
+from ..units.arguments import add_data_arguments
+from .reporter import say
 from .settings import Settings
 
 

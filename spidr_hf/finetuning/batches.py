@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..configuration_spidr import SpidrConfig
-from ..data.audio import AudioError
+from ..configuration_spidr import SpidrConfig, frame_lengths, receptive_field
 from ..data.batching import BatchKey, Position
-from ..data.manifests import AudioSource, Skipped
+from ..data.sources import AudioSource, Skipped
 from ..feature_extraction_spidr import SpidrFeatureExtractor
-from ..layers_spidr import frame_lengths, receptive_field
+from ..system.errors import AudioError
 
 NO_LABEL = -100
 _CROP = 4  # part of the seed of crops; those before it are pretraining's

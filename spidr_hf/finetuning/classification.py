@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..configuration_spidr import frame_lengths, receptive_field
 from ..data.alignments import Phones
 from ..data.labels import frame_phones
-from ..data.manifests import AudioSource
+from ..data.sources import AudioSource
 from ..feature_extraction_spidr import SpidrFeatureExtractor
-from ..layers_spidr import frame_lengths, receptive_field
 from ..modeling_spidr_heads import SpidrHeadModel
 from .batches import NO_LABEL, LabelledBatch, Part
 from .task import Task

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizer, Wav2Vec2CTCTokenizer, Wav2Vec2PhonemeCTCTokenizer
 
-from ..configuration_spidr import SpidrConfig
-from ..layers_spidr import frame_lengths
+from ..configuration_spidr import SpidrConfig, frame_lengths
 from ..modeling_spidr_heads import SpidrForCTC
 from .batches import LabelledBatch, Part
 from .task import Task

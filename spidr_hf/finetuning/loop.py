@@ -23,16 +23,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.audio import SAMPLING_RATE
+from ..configuration_spidr import SAMPLING_RATE
 from ..data.batches import dropout_seed, make_loader, min_samples
 from ..data.batching import BucketSampler, Position
+from ..data.sections import DataSection
 from ..hub.card import finetuned_card
 from ..modeling_spidr_heads import SpidrHeadModel
-from ..pretraining.config import DataSection
-from ..pretraining.setup import scale_and_clip
+from ..system.errors import RunFolderError
 from ..system.files import replaced_file, replaced_folder, write_text
-from ..training.run_state import Checkpoints, RunFolderError, RunLock, StopSignal, TrainerState
+from ..system.processes import RunLock
+from ..training.checkpoints import Checkpoints, TrainerState
+from ..training.optimizing import scale_and_clip
 from ..training.schedules import learning_rate
+from ..training.stopping import StopSignal
 from .batches import Part
 from .reporter import Reporter, best_step, say
 from .settings import Settings, settle

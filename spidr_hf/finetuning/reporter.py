@@ -1,6 +1,5 @@
 """What a fine-tuning run says: metrics.jsonl, the progress bar, lines on the screen, and which step was the best."""
 
-import json
 import math
 import sys
 import time
@@ -11,11 +10,11 @@ from typing import Any
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..data.audio import SAMPLING_RATE
+from ..configuration_spidr import SAMPLING_RATE
 from ..data.batches import SkippedFiles
-from ..pretraining.reporter import Averages, MetricsFile
-from ..pretraining.setup import gather_all
-from ..training.run_state import TrainerState
+from ..system.processes import gather_all
+from ..training.checkpoints import TrainerState
+from ..training.metrics import Averages, MetricsFile, read_rows
 from .batches import LabelledBatch
 from .settings import Settings
 
@@ -101,11 +100,6 @@ def best_step(folder: Path, metric: str, lower_is_better: bool) -> int:
     return -min(values)[1]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def shown(name: str, value: float) -> str:
     """A score for people: shares in per cent, losses as they are."""
     return f"{value:.3f}" if name == "loss" else f"{100 * value:.2f} %"
@@ -126,4 +120,4 @@ def say(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
-__all__ = ["Reporter", "best_step", "describe_scores", "read_rows", "say"]
+__all__ = ["Reporter", "best_step", "describe_scores", "say"]

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..pretraining.config import OptimizerSection
+from ..system.errors import RunFolderError
 from ..system.files import write_text
-from ..training.run_state import RunFolderError
+from ..training.schedules import OptimizerSection
 
 SETTINGS_FILE = "settings.json"
 

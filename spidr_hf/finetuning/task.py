@@ -11,11 +11,10 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.audio import SAMPLING_RATE
+from ..configuration_spidr import SAMPLING_RATE, frame_lengths
 from ..feature_extraction_spidr import SpidrFeatureExtractor
-from ..layers_spidr import frame_lengths
 from ..modeling_spidr_heads import SpidrHeadModel
-from ..pretraining.setup import gather_all
+from ..system.processes import gather_all
 from .batches import LabelledBatch, LabelledBatches, Part, evaluation_keys
 from .reporter import say
 from .settings import Settings

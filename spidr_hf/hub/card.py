@@ -14,9 +14,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCardData
 
-from ..configuration_spidr import SpidrConfig
-from ..data.audio import SAMPLING_RATE
-from ..layers_spidr import receptive_field
+from ..configuration_spidr import SAMPLING_RATE, SpidrConfig, receptive_field
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # In the repository the folder lies beside the package, in the wheel it is inside.

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,30 +21,23 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ..configuration_spidr import SpidrConfig
-from ..data.audio import SAMPLING_RATE, AudioError
+from ..configuration_spidr import SAMPLING_RATE, SpidrConfig, frame_lengths
 from ..data.batches import Batch, PretrainingBatches, SkippedFiles, make_sampler
 from ..data.batching import BatchKey, BucketSampler, Position
-from ..data.manifests import AudioSource
 from ..data.masking import masked_frames
+from ..data.sources import AudioSource
 from ..kernels_spidr import kernels_run, use_kernels
-from ..layers_spidr import frame_lengths
 from ..modeling_spidr import SpidrForPretraining
-from ..training.run_state import Checkpoint, Checkpoints, RunFolderError
-from ..training.sharding import gradient_sync, shard, sharding_plugin
-from .config import ConfigError, PretrainingConfig
+from ..system.errors import AudioError, ConfigError, RunFolderError
+from ..system.processes import gather_all
+from ..training.checkpoints import Checkpoint, Checkpoints
+from ..training.optimizing import scale_and_clip
+from ..training.sharding import distribute, gradient_sync, shard, sharding_plugin
+from .config import PretrainingConfig
 from .feeds import open_source, unusable
 from .memory import MASKED_SHARE, parameter_counts, training_memory
-from .setup import (
-    autocast,
-    distribute,
-    exclude_parameters,
-    gather_all,
-    make_accelerator,
-    make_optimizer,
-    scale_and_clip,
-    small_batch_note,
-)
+from .setup import autocast, exclude_parameters, make_accelerator, make_optimizer, small_batch_note
+from .start import config_changes, make_model
 from .validation import ValidationSet
 
 # Audio of a timed step on a CPU, in seconds: a whole update of a large config would take minutes.
@@ -101,18 +94,11 @@ class Plan:
         return "\n".join([*text, *(f"{'PROBLEM':12}{problem}" for problem in self.problems)])
 
 
-def dry_run(
-    config: PretrainingConfig,
-    output_dir: Path,
-    make_model: Callable[[PretrainingConfig, Checkpoint | None], tuple[SpidrForPretraining, str]],
-    config_changes: Callable[[Path, PretrainingConfig, Checkpoint | None], list[str]],
-) -> Plan:
+def dry_run(config: PretrainingConfig, output_dir: Path) -> Plan:
     """Check a run and print its plan, from the first process; the others take part in the timed steps.
 
     Args:
         config, output_dir: those of the run.
-        make_model: makes the model to begin (or go on) with.
-        config_changes: what is not as it was when the run in `output_dir` began; refuses another model.
 
     Raises `ConfigError`, after the plan is printed, where the run would fail.
     """

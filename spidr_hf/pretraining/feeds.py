@@ -12,14 +12,16 @@ import numpy as np
 
 from ..configuration_spidr import SpidrConfig
 from ..data.batches import Batch, BatchBuilder, PretrainingBatches, make_loader, make_sampler, min_samples, too_short
-from ..data.batching import BatchingError, Position
-from ..data.dataset_source import open_data
-from ..data.manifests import AudioSource, Skipped
+from ..data.batching import Position
 from ..data.mixture import MixedSource
+from ..data.open import open_data
+from ..data.sections import DataSection
+from ..data.sources import AudioSource, Skipped
 from ..data.streaming import StreamedBatches, StreamingSource, open_stream
-from ..training.run_state import TrainerState
-from .config import DataSection, PretrainingConfig
-from .setup import gather_all
+from ..system.errors import BatchingError
+from ..system.processes import gather_all
+from ..training.checkpoints import TrainerState
+from .config import PretrainingConfig
 
 
 class EpochFeed:

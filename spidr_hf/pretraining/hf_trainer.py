@@ -3,7 +3,7 @@
 `make_trainer` puts one together from a run's configuration; its losses are those of `examples/pretrain.py`:
 
 ```python
-from spidr_hf.data.dataset_source import open_data
+from spidr_hf.data.datasets_source import open_data
 from spidr_hf.pretraining.config import load_config
 from spidr_hf.pretraining.hf_trainer import make_trainer
 
@@ -44,18 +44,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.audio import AudioError
+from ..configuration_spidr import frame_lengths
 from ..data.batches import Batch, PretrainingBatches, dropout_seed, make_sampler
 from ..data.batching import BatchKey
-from ..data.manifests import AudioSource
+from ..data.sources import AudioSource
 from ..feature_extraction_spidr import SpidrFeatureExtractor
-from ..layers_spidr import frame_lengths
 from ..modeling_spidr_pretraining import SpidrForPretraining, SpidrForPretrainingOutput
+from ..system.errors import AudioError
+from ..training.metrics import Averages, curves
 from ..training.schedules import learning_rate
 from ..training.sharding import global_norm
 from .config import PretrainingConfig
-from .reporter import Averages, curves
-from .setup import CollapseWatch, StepResult, exclude_parameters, initial_model, make_optimizer
+from .setup import CollapseWatch, StepResult, exclude_parameters, make_optimizer
+from .start import initial_model
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +246,7 @@ def make_trainer(config: PretrainingConfig, source: AudioSource, output_dir: str
 
     Args:
         config: the run; its `[run]` says how often Trainer logs and saves.
-        source: the audio (`dataset_source.open_data`).
+        source: the audio (`data.open.open_data`).
         output_dir: where Trainer saves.
         arguments: any other `TrainingArguments`.
     """

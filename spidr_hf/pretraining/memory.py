@@ -16,9 +16,8 @@ from functools import cache
 
 import torch
 
-from ..configuration_spidr import SpidrConfig
+from ..configuration_spidr import SpidrConfig, frame_lengths
 from ..cpu_spidr import products_attend_faster
-from ..layers_spidr import frame_lengths
 from ..modeling_spidr import SpidrForPretraining
 
 MASKED_SHARE = 1 - math.exp(-0.8)  # of the recipe's spans, which overlap

@@ -5,84 +5,27 @@ gradient norm of a row are means over the steps since the row before; learning r
 logged step itself.
 """
 
-import json
-import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..data.audio import SAMPLING_RATE
+from ..configuration_spidr import SAMPLING_RATE
 from ..data.batches import Batch, SkippedFiles
-from ..data.manifests import Skipped
-from ..training.run_state import TrainerState
+from ..data.sources import Skipped
+from ..system.processes import gather_all
+from ..training.checkpoints import TrainerState
+from ..training.metrics import Averages, MetricsFile, curves
+from ..training.trackers import start_trackers
 from .config import PretrainingConfig
 from .curves_picture import CurvesPicture
-from .setup import CollapseWatch, StepResult, gather_all, start_trackers
+from .setup import CollapseWatch, StepResult
 
 # Columns that are means over the steps since the row before.
 _MEANS = ("loss", "layer_losses", "target_ppl", "pred_ppl", "active_codewords", "grad_norm")
-
-
-class MetricsFile:
-    """The file. Opening it after `step` keeps the rows up to that step byte for byte and removes later ones."""
-
-    def __init__(self, path: str | Path, step: int = 0):
-        self.path = Path(path)
-        self._file = open(self.path, "a+b")  # noqa: SIM115 (open as long as the run)
-        self._file.seek(0)
-        kept = 0
-        for line in self._file:
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            kept += len(line)
-        self._file.truncate(kept)
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row. It is on disk on return: a checkpoint of the same step must never outlive it."""
-        self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-class Averages:
-    """Means over the steps since the last row. Its state goes into checkpoints, so that resuming changes no row."""
-
-    def __init__(self, state: Mapping[str, Any] | None = None):
-        state = state or {}
-        self.count: int = state.get("count", 0)
-        self._sums = {name: np.array(value, dtype=np.float64) for name, value in state.get("sums", {}).items()}
-
-    def add(self, values: Mapping[str, float | list[float]]) -> None:
-        """Values of one step; the names are the same in every step."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + np.array(value, dtype=np.float64)
-        self.count += 1
-
-    def means(self) -> dict[str, Any]:
-        """The means so far (None where there was no step)."""
-        return {name: (total / self.count).tolist() for name, total in self._sums.items()} if self.count else {}
-
-    def reset(self) -> None:
-        """Begin the next row."""
-        self.count = 0
-        self._sums = {}
-
-    def state(self) -> dict[str, Any]:
-        """What `Averages` can be made from again, in JSON's types and without rounding."""
-        return {"count": self.count, "sums": {name: total.tolist() for name, total in self._sums.items()}}
 
 
 class Reporter:
@@ -110,7 +53,16 @@ class Reporter:
         self._accelerator = accelerator
         for note in notes:
             self.say(note)
-        start_trackers(accelerator, config, output_dir)
+        run = config.run
+        start_trackers(
+            accelerator,
+            run.tracker,
+            output_dir,
+            project=run.wandb_project,
+            name=run.wandb_name,
+            mode=run.wandb_mode,
+            config=config.to_dict(),
+        )
         self._interval = config.run.log_interval
         self._file = MetricsFile(output_dir / "metrics.jsonl", state.step) if is_main else None
         self._picture = CurvesPicture(output_dir, config.model, config.run.plot_minutes if is_main else 0)
@@ -189,15 +141,4 @@ class Reporter:
         self._since = time.perf_counter()
 
 
-def curves(row: Mapping[str, Any]) -> dict[str, float]:
-    """A row as single numbers, for trackers; lists become one curve per codebook."""
-    curves: dict[str, float] = {}
-    for name, value in row.items():
-        if isinstance(value, list):
-            curves |= {f"{name}/{index}": item for index, item in enumerate(value)}
-        elif name != "step" and value is not None:
-            curves[name] = value
-    return curves
-
-
-__all__ = ["Averages", "MetricsFile", "Reporter", "curves"]
+__all__ = ["Reporter"]

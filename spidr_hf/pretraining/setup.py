@@ -1,39 +1,32 @@
 """The parts of a pretraining step that are more than one line in the loop of `examples/pretrain.py`."""
 
 import dataclasses
-import gc
 import importlib.util
 import math
 import os
-import sys
-import uuid
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..codebooks_spidr import SpidrTrainingStatistics
-from ..configuration_spidr import SpidrConfig
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.card import trained_card
-from ..layers_spidr import receptive_field
 from ..modeling_spidr import SpidrForPretraining
-from ..system.files import replaced_folder, write_text
-from ..training.run_state import RunFolderError, whole_copies
-from ..training.sharding import global_norm, is_sharded, local_shard
-from ..training.transfers import HostCopy
-from .config import FREEZABLE, ConfigError, OptimizerSection, PretrainingConfig
+from ..system.errors import ConfigError, RunFolderError
+from ..system.files import replaced_folder
+from ..system.host_copy import HostCopy
+from ..training.checkpoints import whole_copies
+from ..training.schedules import FREEZABLE, OptimizerSection
+from ..training.sharding import is_sharded
+from .config import PretrainingConfig
 
 _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 # Fewer masked frames than this per codeword and update, and codewords starve at a decay above the one below.
@@ -67,40 +60,6 @@ def make_accelerator(config: PretrainingConfig, output_dir: str | Path) -> tuple
     if dtype == "float16" and accelerator.device.type == "cpu":
         raise ConfigError("`optimizer.dtype` float16 needs a GPU. Use bfloat16 or float32 on CPU.")
     return accelerator, notes
-
-
-def start_trackers(accelerator: Accelerator, config: PretrainingConfig, output_dir: str | Path) -> None:
-    """Begin the curves of the tracker that `run.tracker` names, if any, or go on with those of a run that goes on."""
-    if not accelerator.log_with or not accelerator.is_main_process:
-        return
-    run, folder = config.run, Path(output_dir)
-    name = run.wandb_name or folder.resolve().name
-    wandb = {"name": name, "dir": str(folder), "id": _tracker_id(folder), "resume": "allow"}
-    if run.wandb_mode is not None:
-        wandb["mode"] = run.wandb_mode
-    if run.tracker in ("auto", "tensorboard"):
-        accelerator.init_trackers("tensorboard")
-        return
-    init = {"wandb": wandb, "trackio": {"name": name, "resume": "allow"}}
-    accelerator.init_trackers(run.wandb_project or "spidr", config=config.to_dict(), init_kwargs=init)
-
-
-def end_trackers() -> None:
-    """Let a tracker end that has threads and processes of its own (wandb), once its run is finished.
-
-    Left to the end of the interpreter, its threads could be caught in the middle of something.
-    """
-    if (wandb := sys.modules.get("wandb")) is not None:
-        with suppress(SystemExit):  # it would end this process where its own did not end well
-            wandb.teardown()
-
-
-def _tracker_id(folder: Path) -> str:
-    """A name for the run of this folder that no other run has."""
-    path = folder / ".tracker_id"
-    if not path.exists():
-        write_text(path, uuid.uuid4().hex[:12])
-    return path.read_text(encoding="utf-8")
 
 
 def autocast(config: PretrainingConfig, device: torch.device) -> torch.autocast:
@@ -144,46 +103,6 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.A
     )
 
 
-def drop_frozen(optimizer: torch.optim.Optimizer) -> None:
-    """Let parameters that no longer train leave the optimizer, weight decay and moments included."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not parameter.requires_grad:
-                optimizer.state.pop(parameter, None)
-        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-
-
-def distribute(model: SpidrForPretraining, accelerator: Accelerator) -> nn.Module:
-    """The model as the processes share it: in DDP, or as it is where there is one process or it is sharded.
-
-    It is to be wrapped anew after the freeze, since gradients that never come block DDP.
-    """
-    if accelerator.num_processes == 1 or is_sharded(model):
-        return model
-    gc.collect()  # an earlier wrapping's hooks go with it
-    device = accelerator.device
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the newer name of `broadcast_buffers` is too new
-        wrapped = DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type != "cpu" else None,
-            # Codebooks and step move alike on every process; the model's own all-reduce sees to it.
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-    # After its first backward DDP arranges its buckets anew, and with them the order of its sums. A pass over two
-    # frames of silence gets that over with, so that a resumed run sums in the order of one never interrupted.
-    silence = torch.zeros(1, receptive_field(model.config) + model.config.inputs_to_logits_ratio, device=device)
-    masked = (
-        torch.zeros(1, 1, dtype=torch.int64, device=device) if model.spidr.masked_spec_embed.requires_grad else None
-    )
-    wrapped(silence, mask_time_indices=masked).loss.backward()
-    model.discard_statistics()
-    model.zero_grad()
-    return wrapped
-
-
 def compile_layers(model: SpidrForPretraining, convolutions: bool = False, **options: Any) -> None:
     """Compile each transformer layer of student and teacher: one small graph, used many times.
 
@@ -210,20 +129,6 @@ def keep_compiled(folder: Path) -> None:
     """Where compiled code goes, to be found by the next start; variables that say otherwise hold."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute() / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder.absolute() / "triton"))
-
-
-@torch.no_grad()
-def scale_and_clip(parameters: Sequence[nn.Parameter], scale: Tensor, max_norm: float) -> Tensor:
-    """Multiply all gradients by `scale`, then clip their norm, in one pass. Returns the norm between the two.
-
-    With gradients of sums over frames, `scale` = processes / masked frames of the whole update makes them those of the
-    mean over all frames of all processes (whose gradients DDP has averaged).
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = global_norm(gradients) * scale
-    gradients = [local_shard(gradient) for gradient in gradients]
-    torch._foreach_mul_(gradients, scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-    return norm
 
 
 @dataclass
@@ -275,39 +180,6 @@ class PendingResult:
         return StepResult(loss, target_ppl, pred_ppl, grad_norm, values[4:middle], values[middle:])
 
 
-class LossScale:
-    """Dynamic loss scaling for float16: halved by a non-finite gradient, doubled after many finite ones.
-
-    The loss is a sum over frames, not a mean, so the scale starts far below PyTorch's.
-    """
-
-    def __init__(self, enabled: bool, state: Mapping[str, float] | None = None):
-        self.enabled = enabled
-        self.value = 16.0 if enabled else 1.0
-        self._since_change = 0
-        if enabled and state:
-            self.value, self._since_change = state["value"], int(state["since_change"])
-
-    @property
-    def explains_overflow(self) -> bool:
-        """Whether a non-finite gradient may be the scale's doing, so that another try is due."""
-        return self.enabled and self.value > 1.0
-
-    def update(self, finite: bool) -> None:
-        """Take note of an update."""
-        if not self.enabled:
-            return
-        self._since_change += 1
-        if not finite:
-            self.value, self._since_change = max(1.0, self.value / 2), 0
-        elif self._since_change == 2000:
-            self.value, self._since_change = self.value * 2, 0
-
-    def state(self) -> dict[str, float]:
-        """For the checkpoint."""
-        return {"value": self.value, "since_change": self._since_change}
-
-
 class CollapseWatch:
     """Notices when targets fall onto few codewords: the loss then looks better than ever, and nothing is learnt.
 
@@ -356,21 +228,6 @@ def small_batch_note(config: PretrainingConfig, world_size: int) -> str | None:
     )
 
 
-def initial_model(config: SpidrConfig, seed: int) -> SpidrForPretraining:
-    """A new model; the same on every process."""
-    torch.manual_seed(seed)
-    return SpidrForPretraining(config)
-
-
-def gather_all(values: Sequence[Any]) -> list[Any]:
-    """The items of all processes' lists, on every process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return list(values)
-    gathered: list[Sequence[Any]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(gathered, list(values))
-    return [value for part in gathered for value in part]
-
-
 def whole_model(model: SpidrForPretraining, keep: bool = True) -> SpidrForPretraining:
     """The model itself, or where it is sharded a whole copy in main memory, for the processes that `keep` it.
 
@@ -405,24 +262,16 @@ def save_final(model: SpidrForPretraining, folder: str | Path, config: Pretraini
 
 __all__ = [
     "CollapseWatch",
-    "LossScale",
     "PendingResult",
     "StepResult",
     "autocast",
     "compile_layers",
-    "distribute",
-    "drop_frozen",
-    "end_trackers",
     "exclude_parameters",
-    "gather_all",
-    "initial_model",
     "keep_compiled",
     "make_accelerator",
     "make_optimizer",
     "save_final",
-    "scale_and_clip",
     "small_batch_note",
     "spidr_name",
-    "start_trackers",
     "whole_model",
 ]

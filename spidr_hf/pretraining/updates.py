@@ -15,9 +15,11 @@ from torch import Tensor
 from ..codebooks_spidr import SpidrTrainingStatistics
 from ..data.batches import Batch
 from ..modeling_spidr import SpidrForPretraining
-from ..training.run_state import RunFolderError, TrainerState
+from ..system.errors import RunFolderError
+from ..training.checkpoints import TrainerState
+from ..training.optimizing import LossScale
 from ..training.sharding import is_sharded
-from .setup import LossScale, PendingResult, StepResult
+from .setup import PendingResult, StepResult
 
 
 class Listener(Protocol):

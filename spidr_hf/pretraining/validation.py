@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data.audio import SAMPLING_RATE, AudioError
+from ..configuration_spidr import SAMPLING_RATE, frame_lengths
+from ..data.alignments import read_alignments
 from ..data.batches import min_samples
-from ..data.dataset_source import open_data
-from ..data.manifests import Skipped
 from ..data.masking import masked_frames
+from ..data.open import open_data
+from ..data.sections import DataSection
+from ..data.sources import Skipped
 from ..evaluation.phones import (
     cluster_purity,
     count_pairs,
@@ -38,16 +40,15 @@ from ..evaluation.phones import (
     phone_purity,
     phone_steps,
     pnmi,
-    read_alignments,
     without_silence,
 )
 from ..feature_extraction_spidr import SpidrFeatureExtractor
-from ..layers_spidr import frame_lengths
 from ..modeling_spidr import SpidrForPretraining
+from ..system.errors import AudioError, ConfigError
+from ..system.processes import gather_all
 from ..training.sharding import is_sharded
 from ..units.extractor import Extractor, Outputs, batches_by_length
-from .config import ConfigError, DataSection, PretrainingConfig
-from .setup import gather_all
+from .config import PretrainingConfig
 
 # What a random number is drawn for; part of its seed.
 _CROP, _MASK = range(2)

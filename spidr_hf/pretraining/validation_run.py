@@ -22,12 +22,16 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_tra
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
+from ..data.sections import DataSection
 from ..modeling_spidr import SpidrForPretraining
+from ..system.errors import ConfigError
 from ..system.files import write_text
-from ..training.run_state import MODEL_FILE, STATE_FILE, Checkpoints
-from .config import INHERITED, ConfigError, DataSection, PretrainingConfig, load_config
-from .reporter import curves
-from .setup import autocast, end_trackers, gather_all
+from ..system.processes import gather_all
+from ..training.checkpoints import MODEL_FILE, STATE_FILE, Checkpoints
+from ..training.metrics import curves
+from ..training.trackers import end_trackers
+from .config import INHERITED, PretrainingConfig, load_config
+from .setup import autocast
 from .validation import ValidationSet, open_sets
 
 FILE_NAME, PLOT_NAME = "validation.jsonl", "validation.png"

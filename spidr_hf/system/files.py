@@ -1,5 +1,6 @@
 """Files and folders that are there completely or not at all, whenever the process is killed."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -74,4 +75,10 @@ def _make_public(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-__all__ = ["is_writing", "replaced_file", "replaced_folder", "sync", "write_text"]
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+__all__ = ["file_hash", "is_writing", "replaced_file", "replaced_folder", "sync", "write_text"]

@@ -8,6 +8,7 @@ Parameters are gathered and gradients reduced in float32, autocast does the rest
 Checkpoints hold whole tensors, so that a run can go on with or without shards and on any number of processes.
 """
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, re
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..configuration_spidr import receptive_field
 from ..modeling_spidr import SpidrForPretraining
-from ..pretraining.config import ConfigError
+from ..system.errors import ConfigError
 
 
 def sharding_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | None:
@@ -115,7 +117,38 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     return squares.sqrt()
 
 
+def distribute(model: SpidrForPretraining, accelerator: Accelerator) -> nn.Module:
+    """The model as the processes share it: in DDP, or as it is where there is one process or it is sharded.
+
+    It is to be wrapped anew after the freeze, since gradients that never come block DDP.
+    """
+    if accelerator.num_processes == 1 or is_sharded(model):
+        return model
+    gc.collect()  # an earlier wrapping's hooks go with it
+    device = accelerator.device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the newer name of `broadcast_buffers` is too new
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type != "cpu" else None,
+            # Codebooks and step move alike on every process; the model's own all-reduce sees to it.
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    # After its first backward DDP arranges its buckets anew, and with them the order of its sums. A pass over two
+    # frames of silence gets that over with, so that a resumed run sums in the order of one never interrupted.
+    silence = torch.zeros(1, receptive_field(model.config) + model.config.inputs_to_logits_ratio, device=device)
+    masked = (
+        torch.zeros(1, 1, dtype=torch.int64, device=device) if model.spidr.masked_spec_embed.requires_grad else None
+    )
+    wrapped(silence, mask_time_indices=masked).loss.backward()
+    model.discard_statistics()
+    model.zero_grad()
+    return wrapped
+
+
 __all__ = [
+    "distribute",
     "global_norm",
     "gradient_sync",
     "is_sharded",

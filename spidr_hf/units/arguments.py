@@ -1,62 +1,21 @@
 """What the commands in `examples/` share: arguments, opening models and data, and errors in one line."""
 
 import argparse
-import hashlib
-import json
-import logging
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from ..data.dataset_source import open_data
+from ..data.open import open_data
 from ..feature_extraction_spidr import SpidrFeatureExtractor
-from ..modeling_spidr import SpidrConfig, SpidrPreTrainedModel
-from ..training.run_state import RunFolderError
+from ..hub.loading import DTYPES
 from .extraction_run import run_extraction
 from .extractor import CONTEXT_SECONDS, WINDOW_SECONDS, Extractor, Outputs
 from .stores import LAYOUTS, Layout, Store
-from .unit_files import FILE_KEYS, describe_model, provenance_path
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@contextmanager
-def clear_errors(extra: str = "eval") -> Iterator[None]:
-    """Ends the command with one line and a non-zero status on bad input, a full disk, or Ctrl-C.
-
-    Where a module is missing, the line names the pip extra that brings it.
-    """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}. The extra {extra} brings what this command needs: pip install 'spidr_hf[{extra}]'.")
-    except (ValueError, OSError, RunFolderError, SafetensorError) as error:  # a full disk is safetensors' own error
-        # Of several processes that stumble over the same thing one speaks.
-        if int(os.environ.get("RANK", "0")):
-            sys.exit(1)
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: the device's memory is full: lower --batch-seconds (or --batch-size), and start again.")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command goes on from here.")
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+from .unit_files import FILE_KEYS, describe_model
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, out_dir: str, data: str = "") -> None:
@@ -109,71 +68,6 @@ def layout_of(args: argparse.Namespace) -> Layout:
     return Layout(args.layout, args.language, args.split, getattr(args, "key", None))
 
 
-def start_processes() -> PartialState:
-    """The processes of `accelerate launch`, or this one alone. They wait for each other for as long as it takes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return PartialState()
-    # Without being told, PartialState would start several lone processes on a machine without a GPU.
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=cpu, timeout=timedelta(days=7))
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device of that name; without one, this process's."""
-    try:
-        return PartialState().device if name is None else torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"{name!r} is no device: cpu, cuda or cuda:1, for example.") from error
-
-
-@contextmanager
-def loading(name: str, revision: str | None = None) -> Iterator[None]:
-    """Around a `from_pretrained`: what goes wrong becomes a `ValueError` of one line, as what is no such model does.
-
-    Args:
-        name, revision: MODEL, as the command got it.
-    """
-    if name.endswith((".pt", ".ckpt")) and Path(name).is_file():
-        raise ValueError(
-            f"{name} is a checkpoint of the original code: convert it with conversion/convert_checkpoint.py."
-        )
-    if (Path(name).exists() or name.startswith((".", "/", "~"))) and not Path(name, "config.json").exists():
-        raise ValueError(f"{name} is no model folder: there is no config.json in it.")
-    try:
-        config_type = SpidrConfig.get_config_dict(name, revision=revision)[0].get("model_type")
-        if config_type != SpidrConfig.model_type:
-            raise ValueError(f"{name} holds a model of type {config_type}, not {SpidrConfig.model_type}.")
-        yield
-    except (OSError, HFValidationError, HfHubHTTPError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(f"The model {name} cannot be loaded: {first_line}") from error
-
-
-def load_model(
-    model_class: type[SpidrPreTrainedModel],
-    name: str,
-    *,
-    revision: str | None = None,
-    dtype: str = "float32",
-    device: torch.device | str = "cpu",
-) -> tuple[PreTrainedModel, SpidrFeatureExtractor]:
-    """Model in eval mode and its feature extractor.
-
-    Raises `ValueError` for what is no SpidR or DinoSR model, and for one without the weights that the class needs.
-    """
-    with loading(name, revision):
-        model, found = model_class.from_pretrained(
-            name, revision=revision, dtype=DTYPES[dtype], output_loading_info=True
-        )
-        extractor = SpidrFeatureExtractor.from_pretrained(name, revision=revision)
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(
-            f"{name} lacks weights that {model_class.__name__} needs, for example {missing[0]}: it is not a "
-            "pretraining checkpoint, or not the whole of one."
-        )
-    return model.to(device).eval(), extractor
-
-
 def extract_to(
     store_class: type[Store],
     args: argparse.Namespace,
@@ -218,38 +112,6 @@ def extract_to(
         report(summary)
 
 
-def file_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def unit_files(path: Path) -> dict[int | None, Path]:
-    """The units file, under None; or those of a folder with one per layer, by layer."""
-    if path.is_file():
-        return {None: path}
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder of units (`examples/extract_units.py` makes them).")
-    files: dict[int | None, Path] = {}
-    for folder in sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)):
-        found = sorted(folder.glob("units*.jsonl"))
-        if len(found) > 1:
-            raise ValueError(f"{folder} holds {len(found)} files of units: give one of them.")
-        if found:
-            files[int(folder.name)] = found[0]
-    if not files:
-        raise ValueError(f"{path}: no units in this folder; expected <layer>/units.jsonl.")
-    return files
-
-
-def known_units(path: Path) -> int | None:
-    """How many units there can be, by the provenance beside a units file."""
-    try:
-        return json.loads(provenance_path(path).read_text(encoding="utf-8")).get("num_units")
-    except (OSError, ValueError):
-        return None
-
-
 def report(summary: Any) -> None:
     """Prints what an extraction did, with what it skipped."""
     print(summary)
@@ -263,20 +125,4 @@ def report(summary: Any) -> None:
         print(f"  {path}")
 
 
-__all__ = [
-    "DTYPES",
-    "FILE_KEYS",
-    "add_data_arguments",
-    "add_extraction_arguments",
-    "clear_errors",
-    "device_of",
-    "extract_to",
-    "file_hash",
-    "known_units",
-    "layout_of",
-    "load_model",
-    "loading",
-    "report",
-    "start_processes",
-    "unit_files",
-]
+__all__ = ["FILE_KEYS", "add_data_arguments", "add_extraction_arguments", "extract_to", "layout_of", "report"]

@@ -17,9 +17,10 @@ import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..data.manifests import AudioSource, Skipped
+from ..data.sources import AudioSource, Skipped
+from ..system.errors import RunFolderError
 from ..system.files import write_text
-from ..training.run_state import RunFolderError, RunLock
+from ..system.processes import RunLock
 from .extractor import Extractor, Throughput, extract
 from .stores import Store
 

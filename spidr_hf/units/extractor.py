@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
-from ..configuration_spidr import SpidrConfig
-from ..data.audio import AudioError
-from ..data.manifests import AudioSource, Skipped
-from ..layers_spidr import frame_lengths, receptive_field
+from ..configuration_spidr import SpidrConfig, frame_lengths, receptive_field
+from ..data.sources import AudioSource, Skipped
+from ..system.errors import AudioError
 
 WINDOW_SECONDS = 60.0
 CONTEXT_SECONDS = 2.0

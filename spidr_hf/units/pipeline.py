@@ -10,7 +10,8 @@ from transformers import AutoModelForAudioTokenization, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
-from ..data.audio import AudioError, read_audio, resample_audio
+from ..data.audio import read_audio, resample_audio
+from ..system.errors import AudioError
 from .extractor import CONTEXT_SECONDS, WINDOW_SECONDS, Extractor, unit_layers, unit_outputs
 from .unit_files import deduplicate as collapse_repeats
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.manifests import AudioSource
+from ..data.sources import AudioSource
 from ..system.files import replaced_file, write_text
 from .extractor import Extractor
 from .unit_files import FILE_KEYS, provenance_path, write_units

@@ -162,12 +162,40 @@ def read_units(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return units
 
 
+def unit_files(path: Path) -> dict[int | None, Path]:
+    """The units file, under None; or those of a folder with one per layer, by layer."""
+    if path.is_file():
+        return {None: path}
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder of units (`examples/extract_units.py` makes them).")
+    files: dict[int | None, Path] = {}
+    for folder in sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)):
+        found = sorted(folder.glob("units*.jsonl"))
+        if len(found) > 1:
+            raise ValueError(f"{folder} holds {len(found)} files of units: give one of them.")
+        if found:
+            files[int(folder.name)] = found[0]
+    if not files:
+        raise ValueError(f"{path}: no units in this folder; expected <layer>/units.jsonl.")
+    return files
+
+
+def known_units(path: Path) -> int | None:
+    """How many units there can be, by the provenance beside a units file."""
+    try:
+        return json.loads(provenance_path(path).read_text(encoding="utf-8")).get("num_units")
+    except (OSError, ValueError):
+        return None
+
+
 __all__ = [
     "FILE_KEYS",
     "deduplicate",
     "describe_model",
+    "known_units",
     "predict_units",
     "provenance_path",
     "read_units",
+    "unit_files",
     "write_units",
 ]

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from spidr_hf.data.alignments import phones_of_steps, read_ctm, read_textgrid, write_items
-from spidr_hf.evaluation.phones import read_alignments
+from spidr_hf.data.alignments import phones_of_steps, read_alignments, read_ctm, read_textgrid, write_items
 
 EXPECTED = [("SIL", 0.0, 0.25), ("K", 0.25, 0.4), ('"1]', 0.4, 1.0)]
 

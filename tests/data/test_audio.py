@@ -10,8 +10,9 @@ import pytest
 import soundfile
 
 from spidr_hf.data import audio
-from spidr_hf.data.audio import AudioError, FileWindow, read_audio, read_info, read_window, resample_audio
+from spidr_hf.data.audio import FileWindow, read_audio, read_info, read_window, resample_audio
 from spidr_hf.data.manifests import scan_folder
+from spidr_hf.system.errors import AudioError
 
 
 @pytest.fixture

@@ -12,12 +12,13 @@ import torch
 from tiny import tiny_config
 
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
-from spidr_hf.data.audio import AudioError
 from spidr_hf.data.batches import PretrainingBatches, SkippedFiles, dropout_seed, make_loader, make_sampler, min_samples
 from spidr_hf.data.batching import BatchKey, Position
-from spidr_hf.data.manifests import Manifest, Skipped, scan_folder
+from spidr_hf.data.manifests import Manifest, scan_folder
 from spidr_hf.data.masking import frame_mask
-from spidr_hf.pretraining.config import DataSection, MaskingSection
+from spidr_hf.data.sections import DataSection, MaskingSection
+from spidr_hf.data.sources import Skipped
+from spidr_hf.system.errors import AudioError
 
 MODEL = tiny_config()
 MASKING = MaskingSection(mask_length=5)

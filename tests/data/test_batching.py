@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spidr_hf.data.batching import BatchingError, BucketSampler, Position
+from spidr_hf.data.batching import BucketSampler, Position
+from spidr_hf.system.errors import BatchingError
 
 LENGTHS = np.random.default_rng(0).integers(1_000, 60_000, 400)
 BASE = {"max_batch_length": 200_000, "min_sample_size": 2_000, "max_sample_size": 50_000, "num_buckets": 20}

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from spidr_hf.data.audio import AudioError
-from spidr_hf.data.manifests import Manifest, ManifestError, open_manifest, read_manifest, scan_folder, scan_tar
+from spidr_hf.data.manifests import Manifest, open_manifest, read_manifest, scan_folder, scan_tar
+from spidr_hf.system.errors import AudioError, ManifestError
 
 LENGTHS = {"one/a": 5000, "one/b": 7000, "two/c": 3000}
 

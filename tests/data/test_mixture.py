@@ -11,10 +11,12 @@ from tiny import tiny_config
 
 from spidr_hf.data.batches import BatchBuilder, PretrainingBatches, make_loader, make_sampler
 from spidr_hf.data.batching import BucketSampler, Position
-from spidr_hf.data.dataset_source import open_data
-from spidr_hf.data.manifests import ManifestError, scan_folder
+from spidr_hf.data.manifests import scan_folder
 from spidr_hf.data.mixture import MixedSource
-from spidr_hf.pretraining.config import ConfigError, DataSection, MaskingSection, load_config, make_config
+from spidr_hf.data.open import open_data
+from spidr_hf.data.sections import DataSection, MaskingSection
+from spidr_hf.pretraining.config import load_config, make_config
+from spidr_hf.system.errors import ConfigError, ManifestError
 
 MODEL = tiny_config()
 START = Position()

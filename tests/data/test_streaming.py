@@ -14,12 +14,12 @@ import torch
 from tiny import tiny_config
 
 from spidr_hf.data.batches import BatchBuilder
-from spidr_hf.data.batching import BatchingError
-from spidr_hf.data.manifests import ManifestError
+from spidr_hf.data.sections import DataSection
 from spidr_hf.data.streaming import Stream, StreamedBatches, StreamingSource, open_stream
-from spidr_hf.pretraining.config import ConfigError, DataSection, PretrainingConfig, make_config
+from spidr_hf.pretraining.config import PretrainingConfig, make_config
 from spidr_hf.pretraining.feeds import make_feed, open_source
-from spidr_hf.training.run_state import TrainerState
+from spidr_hf.system.errors import BatchingError, ConfigError, ManifestError
+from spidr_hf.training.checkpoints import TrainerState
 
 MODEL = tiny_config()
 ROWS, SHARDS = 50, 5

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spidr_hf.evaluation.phones import evaluate_units, phone_steps, read_alignments
+from spidr_hf.data.alignments import read_alignments
+from spidr_hf.evaluation.phones import evaluate_units, phone_steps
 
 
 def obvious_steps(phones):

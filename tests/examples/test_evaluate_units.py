@@ -9,6 +9,7 @@ from commands import fails, run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spidr_hf.data.alignments import read_alignments
 from spidr_hf.evaluation.phones import (
     active_units,
     agreement,
@@ -17,7 +18,6 @@ from spidr_hf.evaluation.phones import (
     codebook_perplexity,
     count_pairs,
     match_names,
-    read_alignments,
     without_silence,
 )
 from spidr_hf.units.unit_files import write_units

@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining, SpidrModel
 from spidr_hf.data.batches import PretrainingBatches
-from spidr_hf.pretraining.config import ConfigError, load_config
-from spidr_hf.pretraining.reporter import MetricsFile
-from spidr_hf.pretraining.spidr_names import to_model_section
-from spidr_hf.training.run_state import Checkpoints, RunFolderError, RunLock, StopSignal
+from spidr_hf.hub.spidr_names import to_model_section
+from spidr_hf.pretraining.config import load_config
+from spidr_hf.system.errors import ConfigError, RunFolderError
+from spidr_hf.system.processes import RunLock
+from spidr_hf.training.checkpoints import Checkpoints
+from spidr_hf.training.metrics import MetricsFile
 from spidr_hf.training.schedules import learning_rate
+from spidr_hf.training.stopping import StopSignal
 
 ROW = {
     "step", "epoch", "loss", "layer_losses", "target_ppl", "pred_ppl", "active_codewords", "grad_norm", "lr",
@@ -138,7 +141,7 @@ def test_killed_and_started_again_it_is_the_same_run(pretrain, monkeypatch, opti
 
 def test_killed_while_a_checkpoint_is_written(pretrain, monkeypatch):
     expected = pretrain("whole")
-    save_file = sys.modules["spidr_hf.training.run_state"].save_file
+    save_file = sys.modules["spidr_hf.training.checkpoints"].save_file
     written = []
 
     def torn(tensors, path, metadata=None):
@@ -149,7 +152,7 @@ def test_killed_while_a_checkpoint_is_written(pretrain, monkeypatch):
         save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr("spidr_hf.training.run_state.save_file", torn)
+        patch.setattr("spidr_hf.training.checkpoints.save_file", torn)
         with pytest.raises(RunFolderError, match=r"Cannot write a checkpoint .*No space left on device"):
             pretrain("torn")
     assert Checkpoints(expected.parent / "torn" / "checkpoints").steps() == [3]

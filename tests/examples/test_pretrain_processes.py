@@ -22,7 +22,7 @@ from runs import (
     write_config,
 )
 
-from spidr_hf.training.run_state import Checkpoints
+from spidr_hf.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -208,8 +208,8 @@ from spidr_hf.pretraining.reporter import MetricsFile
 kill_on_call(MetricsFile, "write", 3, lambda self, row: os.write(self._file.fileno(), b'{"step": '))
 """,
     "a checkpoint's write": """
-from spidr_hf.training import run_state
-kill_on_call(run_state, "save_file", 2, lambda tensors, path, metadata=None: open(path, "wb").write(b"half"))
+from spidr_hf.training import checkpoints
+kill_on_call(checkpoints, "save_file", 2, lambda tensors, path, metadata=None: open(path, "wb").write(b"half"))
 """,
     "a checkpoint's renaming": """
 import pathlib

@@ -18,8 +18,8 @@ from tiny import tiny_config, tiny_model
 from walk import ROOT, command_lines, copy_repository, own_environment, type_in
 
 from spidr_hf import SpidrFeatureExtractor
-from spidr_hf.evaluation.phones import read_alignments
-from spidr_hf.pretraining.spidr_names import to_model_section
+from spidr_hf.data.alignments import read_alignments
+from spidr_hf.hub.spidr_names import to_model_section
 
 
 def written(value: object) -> str:

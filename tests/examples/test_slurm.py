@@ -12,7 +12,7 @@ from commands import fails, run_command
 from runs import SCRIPT, assert_same_run, finish, launch, rows
 from small_run import slow_down, write_run
 
-from spidr_hf.training.run_state import Checkpoints
+from spidr_hf.training.checkpoints import Checkpoints
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "slurm"
 STEPS = 300

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from runs import SCRIPT, assert_same_run, children, finish, launch, rows
 from small_run import write_run
 
-from spidr_hf.training.run_state import contact_lost
+from spidr_hf.system.processes import contact_lost
 
 MULTI_NODE = SCRIPT.parent / "accelerate" / "multi_node.yaml"
 OPTIONS = ["--optimizer.max_steps", "60", "--run.save_interval", "7", "--data.num_workers", "1"]
@@ -122,7 +122,7 @@ def test_which_errors_mean_that_contact_is_lost():
 def test_an_error_does_not_wait_for_workers_that_ignore_sigterm():
     code = (
         "import multiprocessing, signal, time\n"
-        "from spidr_hf.training.run_state import kill_workers_at_exit\n"
+        "from spidr_hf.system.processes import kill_workers_at_exit\n"
         "def decode(started):\n"
         "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "    started.set()\n"

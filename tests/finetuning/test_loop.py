@@ -21,11 +21,11 @@ from transformers import AutoProcessor, pipeline
 
 from spidr_hf import SpidrFeatureExtractor, SpidrForAudioFrameClassification, SpidrForXVector
 from spidr_hf.data.batching import BatchKey, Position
-from spidr_hf.data.dataset_source import open_data
 from spidr_hf.data.labels import read_phones
+from spidr_hf.data.open import open_data
 from spidr_hf.finetuning.batches import Part
 from spidr_hf.finetuning.classification import FrameTask
-from spidr_hf.training.run_state import Checkpoints
+from spidr_hf.training.checkpoints import Checkpoints
 
 pytest.importorskip("jiwer", reason="error rates are jiwer's (pip extra finetune)")
 pytest.importorskip("matplotlib", reason="curves are drawn by matplotlib (pip extra finetune)")

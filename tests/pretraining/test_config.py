@@ -6,16 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from spidr_hf.pretraining.config import (
-    ConfigError,
-    PretrainingConfig,
-    describe_fields,
-    differences,
-    dump_toml,
-    load_config,
-    make_config,
-)
-from spidr_hf.pretraining.spidr_names import MODEL_SECTION_FIELDS, to_model_section, to_spidr_config
+from spidr_hf.hub.spidr_names import MODEL_SECTION_FIELDS, to_model_section, to_spidr_config
+from spidr_hf.pretraining.config import PretrainingConfig, describe_fields, load_config, make_config
+from spidr_hf.system.errors import ConfigError
+from spidr_hf.system.fields import differences, dump_toml
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 # As SpidR's own training code writes it, every section and the fields that mean nothing here included.

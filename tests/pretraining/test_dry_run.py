@@ -13,9 +13,10 @@ from accelerate.state import AcceleratorState, PartialState
 from runs import SCRIPT, finish, launch, load_script, rows, write_audio, write_config
 
 from spidr_hf import SpidrConfig
-from spidr_hf.pretraining.config import ConfigError, load_config
+from spidr_hf.pretraining.config import load_config
 from spidr_hf.pretraining.dry_run import Plan, checkpoint_bytes
-from spidr_hf.training.run_state import RunLock
+from spidr_hf.system.errors import ConfigError
+from spidr_hf.system.processes import RunLock
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,7 @@ def plan(script, config, tmp_path, capsys):
         before = snapshot(tmp_path)
         found, error = None, ""
         try:
-            found = script.dry_run(
-                load_config(config, overrides), tmp_path / folder, script.make_model, script.config_changes
-            )
+            found = script.dry_run(load_config(config, overrides), tmp_path / folder)
         except ConfigError as problem:
             error = str(problem)
         assert snapshot(tmp_path) == before
@@ -161,7 +160,7 @@ def test_a_run_that_is_going_on(plan, tmp_path):
 
     (tmp_path / "run").mkdir()
     code = (
-        "import sys, time; from spidr_hf.training.run_state import RunLock\n"
+        "import sys, time; from spidr_hf.system.processes import RunLock\n"
         "lock = RunLock(sys.argv[1]); print(1, flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE)

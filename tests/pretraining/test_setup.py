@@ -10,17 +10,15 @@ from tiny import random_mask, tiny_model
 from spidr_hf.pretraining.config import make_config
 from spidr_hf.pretraining.setup import (
     CollapseWatch,
-    LossScale,
     StepResult,
-    drop_frozen,
     exclude_parameters,
-    gather_all,
     make_accelerator,
     make_optimizer,
-    scale_and_clip,
     small_batch_note,
     spidr_name,
 )
+from spidr_hf.system.processes import gather_all
+from spidr_hf.training.optimizing import LossScale, drop_frozen, scale_and_clip
 
 
 def config(**sections):

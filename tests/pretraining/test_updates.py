@@ -10,10 +10,13 @@ from tiny import random_mask, tiny_model
 from spidr_hf.data.batches import Batch
 from spidr_hf.data.batching import BatchKey, Position
 from spidr_hf.pretraining.config import make_config
-from spidr_hf.pretraining.setup import LossScale, make_optimizer, scale_and_clip
+from spidr_hf.pretraining.setup import make_optimizer
 from spidr_hf.pretraining.updates import Updates
-from spidr_hf.training.run_state import RunFolderError, TrainerState
-from spidr_hf.training.transfers import BatchMover, HostCopy
+from spidr_hf.system.errors import RunFolderError
+from spidr_hf.system.host_copy import HostCopy
+from spidr_hf.training.checkpoints import TrainerState
+from spidr_hf.training.optimizing import LossScale, scale_and_clip
+from spidr_hf.training.transfers import BatchMover
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -22,10 +22,12 @@ from safetensors.torch import load_file
 from spidr_hf import SpidrForPretraining
 from spidr_hf.evaluation.phones import evaluate_units
 from spidr_hf.feature_extraction_spidr import SpidrFeatureExtractor
-from spidr_hf.pretraining.config import ConfigError, load_config
+from spidr_hf.pretraining.config import load_config
 from spidr_hf.pretraining.validation import Totals, ValidationSet, open_sets
 from spidr_hf.pretraining.validation_run import RunFollower, ValidationFile
-from spidr_hf.training.run_state import RunLock, StopSignal
+from spidr_hf.system.errors import ConfigError
+from spidr_hf.system.processes import RunLock
+from spidr_hf.training.stopping import StopSignal
 from spidr_hf.units.extractor import Extractor, unit_outputs
 
 

@@ -16,9 +16,10 @@ from runs import pretrain_here, rows, write_audio, write_config
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
 from spidr_hf.plots.curves import draw_run, read_rows
 from spidr_hf.pretraining import curves_picture
-from spidr_hf.pretraining.config import ConfigError, load_config, make_config
+from spidr_hf.pretraining.config import load_config, make_config
 from spidr_hf.pretraining.curves_picture import CurvesPicture
 from spidr_hf.pretraining.hub_push import HubPush
+from spidr_hf.system.errors import ConfigError
 from spidr_hf.training.profiling import StepProfiler
 
 

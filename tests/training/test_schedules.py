@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spidr_hf.pretraining.config import OptimizerSection
-from spidr_hf.training.schedules import SCHEDULES, learning_rate
+from spidr_hf.training.schedules import SCHEDULES, OptimizerSection, learning_rate
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 SHORT = {"lr": 1.0, "warmup_steps": 10, "hold_steps": 20, "decay_steps": 30, "max_steps": 60}

@@ -14,9 +14,11 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from tiny import random_mask, tiny_model
 from torch.distributed.tensor import DTensor
 
-from spidr_hf.pretraining.config import ConfigError, make_config
-from spidr_hf.pretraining.setup import drop_frozen, make_optimizer, save_final, scale_and_clip, whole_model
-from spidr_hf.training.run_state import Checkpoints, TrainerState
+from spidr_hf.pretraining.config import make_config
+from spidr_hf.pretraining.setup import make_optimizer, save_final, whole_model
+from spidr_hf.system.errors import ConfigError
+from spidr_hf.training.checkpoints import Checkpoints, TrainerState
+from spidr_hf.training.optimizing import drop_frozen, scale_and_clip
 from spidr_hf.training.sharding import gradient_sync, is_sharded, shard, sharding_plugin
 
 STEPS, FREEZE, RESUME, ACCUMULATION = 5, 2, 3, 2

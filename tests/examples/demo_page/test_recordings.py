@@ -15,7 +15,7 @@ from spidr_hf.examples.demo_page.recordings import (
 from tiny import tiny_model
 
 from spidr_hf import SpidrFeatureExtractor
-from spidr_hf.data.audio import AudioError
+from spidr_hf.system.errors import AudioError
 from spidr_hf.units.unit_files import predict_units
 
 RATE = 16_000

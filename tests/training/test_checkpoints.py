@@ -16,17 +16,13 @@ import torch
 from tiny import tiny_model
 
 from spidr_hf.pretraining.config import make_config
-from spidr_hf.pretraining.reporter import Averages, MetricsFile
 from spidr_hf.pretraining.setup import save_final
+from spidr_hf.system.errors import RunFolderError
 from spidr_hf.system.files import replaced_folder, write_text
-from spidr_hf.training.run_state import (
-    Checkpoints,
-    RunFolderError,
-    RunLock,
-    StopSignal,
-    TrainerState,
-    die_with_launcher,
-)
+from spidr_hf.system.processes import RunLock, die_with_launcher
+from spidr_hf.training.checkpoints import Checkpoints, TrainerState
+from spidr_hf.training.metrics import Averages, MetricsFile
+from spidr_hf.training.stopping import StopSignal
 
 
 def model_and_optimizer(seed=0):
@@ -142,7 +138,7 @@ def test_a_full_disk_is_reported_and_spoils_nothing(tmp_path, monkeypatch):
         Path(path).write_bytes(b"some")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("spidr_hf.training.run_state.save_file", full)
+    monkeypatch.setattr("spidr_hf.training.checkpoints.save_file", full)
     checkpoints.save(TrainerState(step=2), model, optimizer)
     with pytest.raises(RunFolderError, match=r"Cannot write a checkpoint into .*No space left on device"):
         checkpoints.wait()
@@ -177,7 +173,7 @@ def test_whatever_ends_the_write_is_reported(tmp_path, monkeypatch, error):
         raise error
 
     model, optimizer = model_and_optimizer()
-    monkeypatch.setattr("spidr_hf.training.run_state.save_file", failing)
+    monkeypatch.setattr("spidr_hf.training.checkpoints.save_file", failing)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(TrainerState(step=2), model, optimizer)
     with pytest.raises(RunFolderError, match=rf"Cannot write a checkpoint into .*({type(error).__name__}|name)"):
@@ -199,19 +195,19 @@ def test_folders_are_replaced_whole(tmp_path):
 
 
 def in_another_process(code: str, *arguments: str) -> subprocess.Popen:
-    """Python code that imports `spidr_hf.training.run_state` alone, without the seconds that transformers takes."""
+    """Python code that imports `spidr_hf.training.checkpoints` alone, without the seconds that transformers takes."""
     package = Path(__file__).parents[2] / "spidr_hf"
     preamble = (
         "import sys, types\n"
         "package = sys.modules['spidr_hf'] = types.ModuleType('spidr_hf')\n"
         f"package.__path__ = [{str(package)!r}]\n"
-        "from spidr_hf.training import run_state\n"
+        "from spidr_hf.system import processes\nfrom spidr_hf.training import checkpoints as run_state, stopping\n"
     )
     return subprocess.Popen([sys.executable, "-c", preamble + code, *arguments], stdout=subprocess.PIPE, text=True)
 
 
 def test_one_run_per_folder(tmp_path):
-    code = "import time\nlock = run_state.RunLock(sys.argv[1])\nprint('locked', flush=True)\ntime.sleep(60)"
+    code = "import time\nlock = processes.RunLock(sys.argv[1])\nprint('locked', flush=True)\ntime.sleep(60)"
     other = in_another_process(code, str(tmp_path))
     try:
         assert other.stdout.readline() == "locked\n"
@@ -229,8 +225,8 @@ def test_processes_die_with_their_launcher():
     """The launcher is killed; its process gets SIGTERM, as if asked to save and stop."""
     worker = (
         "import os, time\n"
-        "run_state.die_with_launcher()\n"
-        "stop = run_state.StopSignal()\n"
+        "processes.die_with_launcher()\n"
+        "stop = stopping.StopSignal()\n"
         "print(os.getpid(), flush=True)\n"
         "while not stop.agreed(): time.sleep(0.01)\n"
         "print(stop.received, flush=True)\n"
@@ -279,9 +275,9 @@ def test_signals_ask_to_stop(number):
 SLOW_TO_STOP = """
 import os, signal, time
 from pathlib import Path
-run_state._GRACE_SECONDS, run_state._WRITING_SECONDS, run_state._LOOK_SECONDS = 4, {limit}, 0.1
+stopping._GRACE_SECONDS, stopping._WRITING_SECONDS, stopping._LOOK_SECONDS = 4, {limit}, 0.1
 folder = Path(sys.argv[1])
-stop = run_state.StopSignal(folders=[folder])
+stop = stopping.StopSignal(folders=[folder])
 model = run_state.nn.Linear(2, 2)
 checkpoints = run_state.Checkpoints(folder)
 save_file = run_state.save_file
@@ -319,8 +315,8 @@ def test_a_slow_disk_has_more_time(tmp_path):
 def test_the_end_is_put_off_while_a_folder_is_written(tmp_path, monkeypatch):
     alarms = []
     monkeypatch.setattr(signal, "alarm", lambda seconds: alarms.append(seconds) or 60)
-    monkeypatch.setattr("spidr_hf.training.run_state._LOOK_SECONDS", 0.01)
-    monkeypatch.setattr("spidr_hf.training.run_state._WRITING_SECONDS", 2.0)
+    monkeypatch.setattr("spidr_hf.training.stopping._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("spidr_hf.training.stopping._WRITING_SECONDS", 2.0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         stop = StopSignal(folders=[tmp_path, tmp_path / "none"])

@@ -15,8 +15,9 @@ from tiny import tiny_model
 
 from spidr_hf import SpidrFeatureExtractor, SpidrForAudioTokenization
 from spidr_hf.data.audio import read_info
-from spidr_hf.data.dataset_source import DatasetSource, is_dataset, open_data, open_dataset
-from spidr_hf.data.manifests import ManifestError
+from spidr_hf.data.datasets_source import DatasetSource, is_dataset, open_dataset
+from spidr_hf.data.open import open_data
+from spidr_hf.system.errors import ManifestError
 from spidr_hf.units.unit_files import predict_units
 
 
@@ -93,7 +94,7 @@ def headers(monkeypatch) -> list[str]:
         names.append(name)
         return read_info(source, name=name, **options)
 
-    monkeypatch.setattr("spidr_hf.data.dataset_source.read_info", counted)
+    monkeypatch.setattr("spidr_hf.data.datasets_source.read_info", counted)
     return names
 
 

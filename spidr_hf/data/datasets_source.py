@@ -5,7 +5,7 @@ Audio is decoded by soundfile from the stored bytes or files (`Audio(decode=Fals
 
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from .audio import AudioError, read_audio, read_info
-from .manifests import AudioSource, ManifestError, Skipped, load_scan, open_manifest, save_scan
-from .mixture import MixedSource
+from ..system.errors import AudioError, ManifestError
+from .audio import read_audio, read_info
+from .manifests import load_scan, save_scan
+from .sources import Skipped
 
 # Columns that name an utterance, in the order they are looked for.
 _ID_COLUMNS = ("fileid", "id", "file_id", "utterance_id", "segment_id", "file", "path")
@@ -229,46 +230,4 @@ def _one_split(splits: Any, split: str | None, name: str) -> Any:
     return splits[split]
 
 
-def open_data(
-    data: str | Path | Sequence[str | Path],
-    *,
-    weights: Sequence[float] | None = None,
-    resample: bool = False,
-    cache: str | Path | None = None,
-    progress: bool = True,
-) -> AudioSource:
-    """Utterances of DATA: a manifest, a folder of audio files, a tar, or a data set of `datasets`; or several of these.
-
-    Args:
-        data: what the commands call DATA; a list of them makes a `MixedSource`.
-        weights: with a list: how many times an epoch has each utterance of each of them (1 by default).
-        resample: take audio of any rate and number of channels.
-        cache: where the scan of it is kept (see `open_manifest` and `DatasetSource`); with a list, the first is kept
-            under this name with `-0` before its suffix, and so on.
-        progress: show a bar while headers are read.
-
-    Raises `ManifestError` with what to do where `data` cannot be used.
-    """
-    if isinstance(data, (str, Path)):
-        if is_dataset(data):
-            return open_dataset(data, resample=resample, cache=cache, progress=progress)
-        return open_manifest(data, resample=resample, cache=cache, progress=progress)
-    path = None if cache is None else Path(cache)
-    caches = [path and path.with_stem(f"{path.stem}-{index}") for index in range(len(data))]
-    sources = [
-        open_data(part, resample=resample, cache=kept, progress=progress)
-        for part, kept in zip(data, caches, strict=True)
-    ]
-    return MixedSource(sources, [str(part) for part in data], weights)
-
-
-__all__ = [
-    "DatasetSource",
-    "audio_column",
-    "is_dataset",
-    "load_dataset",
-    "open_data",
-    "open_dataset",
-    "row_name",
-    "stored_audio",
-]
+__all__ = ["DatasetSource", "audio_column", "is_dataset", "load_dataset", "open_dataset", "row_name", "stored_audio"]

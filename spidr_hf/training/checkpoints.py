@@ -5,52 +5,31 @@ A checkpoint is a folder `checkpoints/step_N` with the model (loadable by `from_
 so that a folder of that name is always complete; one damaged later is recognised by its checksums and passed over.
 """
 
-import _thread
-import atexit
-import ctypes
 import dataclasses
-import fcntl
 import json
 import logging
-import multiprocessing
-import os
 import shutil
-import signal
-import socket
-import sys
-import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..system.files import is_writing, replaced_folder
+from ..system.errors import RunFolderError
+from ..system.files import replaced_folder
 from .sharding import is_sharded, shard_like, whole_tensor
-from .transfers import HostCopy
 
 logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
-# How long a signalled process may take to stop before it is ended, and how much longer where files are being written
-# all that time: what they come to, a disk does not say before they are there.
-_GRACE_SECONDS = 120
-_WRITING_SECONDS = 1800
-_LOOK_SECONDS = 2.0
-_PR_SET_PDEATHSIG = 1
-
-
-class RunFolderError(RuntimeError):
-    """A run folder that cannot be used or written to; the message says why."""
 
 
 @dataclass
@@ -232,149 +211,6 @@ def whole_copies(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, 
     return copies
 
 
-class RunLock:
-    """Keeps a second run out of a folder. Held until `release`, or until the process ends, however it ends.
-
-    Raises `RunFolderError` when another run holds it for longer than `patience` seconds (one that was just told to stop
-    may still be saving).
-    """
-
-    def __init__(self, folder: str | Path, patience: float = 10.0):
-        self.path = Path(folder) / ".lock"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A POSIX record lock: children do not inherit it, and network file systems know it.
-        self._file = open(self.path, "a+")  # noqa: SIM115 (open as long as the lock is held)
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    self._file.seek(0)
-                    holder = self._file.read().strip() or "another process"
-                    self._file.close()
-                    raise RunFolderError(
-                        f"{folder} is in use by another run ({holder}). Stop it first, or choose another --output-dir."
-                    ) from error
-                time.sleep(0.1)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-
-    def release(self) -> None:
-        """Let the next run in."""
-        self._file.close()
-
-
-class StopSignal:
-    """SIGTERM and SIGUSR1 (what SLURM sends before a time limit) ask the run to save and stop.
-
-    `agreed` tells every process at the same update, so that they stop together. A process that does not get there is
-    ended after two minutes, but not while a folder is written, by itself or by the process that all wait for: a slow
-    disk has half an hour.
-
-    Args:
-        device: where processes exchange messages.
-        folders: where `replaced_folder` writes; shared by all processes.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu", folders: Sequence[str | Path] = ()):
-        self.received: str | None = None
-        self._device = device
-        self._folders = [Path(folder) for folder in folders]
-        self._pending: tuple[Any, HostCopy | Tensor] | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._handle)
-
-    def agreed(self) -> bool:
-        """Whether to stop now: whether any process had been asked to when this was called the last time.
-
-        One update late, so that no update waits for an answer. Every process must call it once per update.
-        """
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return self.received is not None
-        stop = False
-        if self._pending is not None:
-            work, answer = self._pending
-            work.wait()
-            stop = bool(answer.tolist()[0])
-        flag = torch.full((1,), float(self.received is not None), device=self._device)
-        work = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
-        if flag.is_cuda:
-            work.wait()  # the GPU does, and then copies; Python asks for the copy next time
-        self._pending = (work, HostCopy(flag) if flag.is_cuda else flag)
-        return stop
-
-    def finish(self) -> None:
-        """Leave no question open: processes must not part while one is under way."""
-        if self._pending is not None:
-            self._pending[0].wait()
-            self._pending = None
-
-    def _handle(self, number: int, _: Any) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number).name
-            # If the others are gone, nothing in this process may ever return, Python's signal handlers included:
-            # SIGALRM, which has none, then ends it.
-            signal.alarm(_GRACE_SECONDS)
-            if self._folders:
-                # Not a `threading.Thread`, which takes locks: this handler may have interrupted one who holds them.
-                _thread.start_new_thread(self._put_off, ())
-
-    def _put_off(self) -> None:
-        """Put the end off for as long as something is written."""
-        limit = time.monotonic() + _WRITING_SECONDS
-        while time.monotonic() < limit:
-            time.sleep(_LOOK_SECONDS)
-            if any(is_writing(folder) for folder in self._folders) and signal.alarm(_GRACE_SECONDS) == 0:
-                signal.alarm(0)  # there was none any more: it was called off
-                return
-
-
-def die_with_parent(number: int) -> None:
-    """Have this process sent a signal when its parent dies (Linux; elsewhere nothing happens)."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-    if os.getppid() != parent:  # it died before the call
-        os.kill(os.getpid(), number)
-
-
-def die_with_launcher() -> None:
-    """When `accelerate launch` or `torchrun` dies, its processes get SIGTERM: they save and stop.
-
-    A process that was started by hand goes on without its shell, as always.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        die_with_parent(signal.SIGTERM)
-
-
-def kill_workers_at_exit() -> None:
-    """When this process ends, by an error too, the processes that decode audio for it are killed.
-
-    They ignore SIGTERM, since the whole job may be sent it; Python would send it to them and wait for them forever.
-    """
-
-    def kill() -> None:
-        for worker in multiprocessing.active_children():
-            worker.kill()
-
-    atexit.register(kill)
-
-
-def contact_lost(error: RuntimeError) -> str | None:
-    """What to tell the user where an error means that another process is gone; None for any other error."""
-    text = " ".join(str(error).split())
-    if not isinstance(error, dist.DistError) and "gloo/transport" not in text:
-        return None
-    return (
-        f"contact with the other processes is lost ({text[:300]}). Their output, or that of their machines, says why. "
-        "The same command goes on from the newest checkpoint."
-    )
-
-
 def _read_state(folder: Path) -> TrainerState:
     content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     for name, expected in content.pop("files").items():
@@ -392,18 +228,4 @@ def _checksum(path: Path) -> str:
     return f"{checksum:08x}-{path.stat().st_size}"
 
 
-__all__ = [
-    "Checkpoint",
-    "Checkpoints",
-    "RunFolderError",
-    "RunLock",
-    "StopSignal",
-    "TrainerState",
-    "contact_lost",
-    "die_with_launcher",
-    "die_with_parent",
-    "kill_workers_at_exit",
-    "load_optimizer_tensors",
-    "optimizer_tensors",
-    "whole_copies",
-]
+__all__ = ["Checkpoint", "Checkpoints", "TrainerState", "load_optimizer_tensors", "optimizer_tensors", "whole_copies"]

@@ -1,0 +1,140 @@
+"""Processes: those of a launch, the lock on a folder, and who dies with whom."""
+
+import atexit
+import ctypes
+import fcntl
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from .errors import RunFolderError
+
+_PR_SET_PDEATHSIG = 1
+
+
+class RunLock:
+    """Keeps a second run out of a folder. Held until `release`, or until the process ends, however it ends.
+
+    Raises `RunFolderError` when another run holds it for longer than `patience` seconds (one that was just told to stop
+    may still be saving).
+    """
+
+    def __init__(self, folder: str | Path, patience: float = 10.0):
+        self.path = Path(folder) / ".lock"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # A POSIX record lock: children do not inherit it, and network file systems know it.
+        self._file = open(self.path, "a+")  # noqa: SIM115 (open as long as the lock is held)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    self._file.seek(0)
+                    holder = self._file.read().strip() or "another process"
+                    self._file.close()
+                    raise RunFolderError(
+                        f"{folder} is in use by another run ({holder}). Stop it first, or choose another --output-dir."
+                    ) from error
+                time.sleep(0.1)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let the next run in."""
+        self._file.close()
+
+
+def die_with_parent(number: int) -> None:
+    """Have this process sent a signal when its parent dies (Linux; elsewhere nothing happens)."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), number)
+
+
+def die_with_launcher() -> None:
+    """When `accelerate launch` or `torchrun` dies, its processes get SIGTERM: they save and stop.
+
+    A process that was started by hand goes on without its shell, as always.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        die_with_parent(signal.SIGTERM)
+
+
+def kill_workers_at_exit() -> None:
+    """When this process ends, by an error too, the processes that decode audio for it are killed.
+
+    They ignore SIGTERM, since the whole job may be sent it; Python would send it to them and wait for them forever.
+    """
+
+    def kill() -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    atexit.register(kill)
+
+
+def contact_lost(error: RuntimeError) -> str | None:
+    """What to tell the user where an error means that another process is gone; None for any other error."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, dist.DistError) and "gloo/transport" not in text:
+        return None
+    return (
+        f"contact with the other processes is lost ({text[:300]}). Their output, or that of their machines, says why. "
+        "The same command goes on from the newest checkpoint."
+    )
+
+
+def gather_all(values: Sequence[Any]) -> list[Any]:
+    """The items of all processes' lists, on every process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return list(values)
+    gathered: list[Sequence[Any]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, list(values))
+    return [value for part in gathered for value in part]
+
+
+def start_processes() -> PartialState:
+    """The processes of `accelerate launch`, or this one alone. They wait for each other for as long as it takes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return PartialState()
+    # Without being told, PartialState would start several lone processes on a machine without a GPU.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; without one, this process's."""
+    try:
+        return PartialState().device if name is None else torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device: cpu, cuda or cuda:1, for example.") from error
+
+
+__all__ = [
+    "RunLock",
+    "contact_lost",
+    "device_of",
+    "die_with_launcher",
+    "die_with_parent",
+    "gather_all",
+    "kill_workers_at_exit",
+    "start_processes",
+]

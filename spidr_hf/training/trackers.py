@@ -1,0 +1,65 @@
+"""Curves in TensorBoard, wandb and the like, beside `metrics.jsonl`."""
+
+import sys
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..system.files import write_text
+
+
+def start_trackers(
+    accelerator: Accelerator,
+    tracker: str,
+    output_dir: str | Path,
+    *,
+    project: str | None = None,
+    name: str | None = None,
+    mode: str | None = None,
+    config: dict[str, Any] | None = None,
+) -> None:
+    """Begin the curves of a tracker, or go on with those of a run that is resumed.
+
+    Args:
+        accelerator: made with `log_with`; nothing happens where that names none.
+        tracker: as `run.tracker` has it.
+        output_dir: the run's folder.
+        project, name, mode: for trackers that have such things; by default "spidr" and the folder's name.
+        config: what they show as the run's configuration.
+    """
+    if not accelerator.log_with or not accelerator.is_main_process:
+        return
+    if tracker in ("auto", "tensorboard"):
+        accelerator.init_trackers("tensorboard")
+        return
+    folder = Path(output_dir)
+    name = name or folder.resolve().name
+    wandb = {"name": name, "dir": str(folder), "id": _tracker_id(folder), "resume": "allow"}
+    if mode is not None:
+        wandb["mode"] = mode
+    init = {"wandb": wandb, "trackio": {"name": name, "resume": "allow"}}
+    accelerator.init_trackers(project or "spidr", config=config, init_kwargs=init)
+
+
+def end_trackers() -> None:
+    """Let a tracker end that has threads and processes of its own (wandb), once its run is finished.
+
+    Left to the end of the interpreter, its threads could be caught in the middle of something.
+    """
+    if (wandb := sys.modules.get("wandb")) is not None:
+        with suppress(SystemExit):  # it would end this process where its own did not end well
+            wandb.teardown()
+
+
+def _tracker_id(folder: Path) -> str:
+    """A name for the run of this folder that no other run has."""
+    path = folder / ".tracker_id"
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8")
+
+
+__all__ = ["end_trackers", "start_trackers"]
