@@ -23,7 +23,6 @@ float32 is float32 throughout. bfloat16 is autocast in training and bfloat16 wei
 """
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
 import sys
@@ -32,11 +31,11 @@ import time
 from bisect import bisect
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 import numpy as np
@@ -47,6 +46,7 @@ import transformers
 
 from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining
 from spidr_hf.codebooks_spidr import StatisticsBuffer
+from spidr_hf.conversion.spidr_format import to_spidr
 from spidr_hf.data.batches import PretrainingBatches
 from spidr_hf.data.batching import BucketSampler
 from spidr_hf.data.manifests import open_manifest
@@ -70,7 +70,6 @@ from .benchmarks.timing import (
     training_flops,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 RATE = 16_000
 MASKED = 0.55  # share of frames that the recipe's spans cover
 TINY = {
@@ -114,7 +113,6 @@ class Benchmark:
         self.differences: dict[str, float] = {}
         self.model = SpidrForPretraining(self.config).to(self.device).eval()
         self.peers: dict[str, Peer] = {}
-        to_spidr = repository_function("conversion/spidr_format.py", "to_spidr", "conversion.spidr_format")
         for name in args.peers:
             peer = make_peer(name, self.model, to_spidr)
             peer.model.to(self.device)
@@ -281,10 +279,10 @@ class Benchmark:
         """Masks of 20 rows of 600 frames: all rows at once, or one row and span at a time."""
         lengths, rng = np.full(20, 600), np.random.default_rng(0)
         runs = {OURS: lambda: masked_frames(lengths, SpanMask(), rng)}
-        spans = repository_function("tests/reference_masking.py", "reference_span_mask")
-        thin = repository_function("tests/reference_masking.py", "reference_thin")
-        if spans and thin:
-            runs["row by row"] = lambda: thin(spans(lengths, rng), rng)
+        with suppress(ImportError):  # the obvious form is beside the tests, in the repository alone
+            from tests.reference_masking import reference_span_mask, reference_thin
+
+            runs["row by row"] = lambda: reference_thin(reference_span_mask(lengths, rng), rng)
         if "spidr" in self.peers and (draw := spidr_span_masks()):
             random = torch.Generator()
             recipe = (0.8, 10, "static", 0.0, 2, 1)  # probability, length, kind, other, fewest spans, space
@@ -379,21 +377,6 @@ def training_step(model, loss_of: Callable[[], torch.Tensor], dtype: str, device
         update(step)
 
     return run
-
-
-def repository_function(path: str, name: str, module: str | None = None) -> Callable | None:
-    """A function from a file of the repository that is not part of the package; None where only that is installed."""
-    if not (ROOT / path).exists():
-        return None
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    if module is None:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    else:
-        loaded = importlib.import_module(module)
-    return getattr(loaded, name)
 
 
 def peak_of(case: dict) -> int:

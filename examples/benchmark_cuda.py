@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from spidr_hf import SpidrConfig, SpidrForPretraining
@@ -128,6 +128,7 @@ class StepBenchmark:
             steps[str(form)] = OurStep(self.new_model(), self.batches, form)
         if "spidr" in installed_peers() and not self.args.frozen:
             from spidr.environment import setup_pytorch
+
             from spidr_hf.conversion.spidr_format import to_spidr
 
             setup_pytorch(use_deterministic=False)  # for all that is timed from here on

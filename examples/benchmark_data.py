@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the data of a pretraining run cost on this machine: start-up, memory, decoding and masks.
+"""What the data of a pretraining run cost on this machine: start-up, memory, decoding.
 
     python examples/benchmark_data.py                        # a manifest of 1 M rows; a minute or two
     python examples/benchmark_data.py --rows 10000000 --json out.json
@@ -18,19 +18,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 import numpy as np
 
 from spidr_hf.data.manifests import scan_tar
-from tests.reference_masking import reference_span_mask, reference_thin
 
 from .benchmarks.data_costs import (
     decoding_speed,
-    draw_mask,
     manifest_cost,
-    mask_seconds,
     simulated_run,
     write_made_manifest,
 )
@@ -88,12 +85,6 @@ def main() -> None:
     for name, value in (("FLAC files", speed.flac), ("tar by offset", speed.tar), ("whole batches", speed.batches)):
         print(f"  {name:14}{value:7.0f}   {NEEDED / value:4.1f} cores for the {NEEDED} of a GPU")
 
-    def row_by_row(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return reference_thin(reference_span_mask(lengths, rng), rng)
-
-    ours, plain = mask_seconds(draw_mask), mask_seconds(row_by_row)
-    result["mask"] = {"milliseconds": 1000 * ours, "row_by_row_milliseconds": 1000 * plain}
-    print(f"\na mask of 20 x 600 frames: {1000 * ours:.2f} ms, row by row {1000 * plain:.1f} ms: {plain / ours:.0f} x")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
         print(f"\nwritten to {args.json}")

@@ -19,16 +19,16 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 import torch
 from safetensors.torch import load_file
+
+from spidr_hf import SpidrForPretraining
 from spidr_hf.conversion.checkpoints import read_pretraining_checkpoint
 from spidr_hf.conversion.errors import ConversionError
 from spidr_hf.conversion.spidr_format import from_spidr
-
-from spidr_hf import SpidrForPretraining
 from spidr_hf.kernels_spidr import kernels_run, use_kernels
 from spidr_hf.pretraining.setup import compile_layers
 from spidr_hf.system.commands import clear_errors

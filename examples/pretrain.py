@@ -44,16 +44,16 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
     # On CPUs, threads that spin while they wait stall each other once any other process wants a core (seen: a step
     # takes 16 times as long). It counts only before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from spidr_hf.conversion.errors import ConversionError
 from transformers.utils import logging as transformers_logging
 
+from spidr_hf.conversion.errors import ConversionError
 from spidr_hf.data.batches import dropout_seed
 from spidr_hf.kernels_spidr import use_kernels
 from spidr_hf.pretraining.config import PretrainingConfig, describe_fields, load_config

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 import numpy as np

@@ -29,7 +29,7 @@ from .modeling_spidr import (
 )
 from .units.pipeline import SpeechToUnitsPipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # In a clone `conversion`, `examples` and `model_cards` lie beside the package, in the wheel inside it. Either way they
 # are `spidr_hf.conversion` and so on.

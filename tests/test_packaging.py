@@ -1,6 +1,7 @@
 """The wheel: complete, and enough without the repository. Version, changelog and citation agree."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from spidr_hf import SpidrFeatureExtractor
 from spidr_hf.data.manifests import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ("spidr_hf", "conversion", "model_cards")  # folders that the wheel holds
+SHIPPED = ("spidr_hf", "conversion", "model_cards", "examples")  # folders that the wheel holds
 COPIED = (*SHIPPED, "pyproject.toml", "README.md", "LICENSE")
 FIXTURE = ROOT / "tests" / "fixtures" / "parity" / "spidr-tiny" / "checkpoint.pt"
 
@@ -35,10 +36,10 @@ import importlib, pathlib, pkgutil, sys
 import spidr_hf
 home = pathlib.Path(spidr_hf.__file__).parent
 assert home.is_relative_to(sys.prefix), home
-optional = {"triton_spidr"}  # needs a GPU's package
-for module in pkgutil.iter_modules([str(home)]):
-    if module.name not in optional:
-        importlib.import_module(f"spidr_hf.{module.name}")
+optional = {"triton_spidr", "__main__"}  # needs a GPU's package; is the command
+for module in pkgutil.walk_packages([str(home)], "spidr_hf."):
+    if module.name.rpartition(".")[2] not in optional:
+        importlib.import_module(module.name)
 from transformers import AutoFeatureExtractor, AutoModel, pipeline
 import soundfile
 result = pipeline("speech-to-units", model="model", layer=4, deduplicate=True, device="cpu")("speech.wav")
@@ -81,12 +82,11 @@ def test_citation_names_both_papers():
 
 def packaged_files() -> set[str]:
     """What a wheel must hold of the repository, by the names it has there."""
-    suffixes = {".py", ".typed", ".toml", ".md", ".bib"}
-    files = {path for folder in SHIPPED for path in (ROOT / folder).iterdir() if path.suffix in suffixes}
-    return {
-        str(path.relative_to(ROOT)) if path.parent.name == "spidr_hf" else f"spidr_hf/{path.relative_to(ROOT)}"
-        for path in files
-    }
+    suffixes = {".py", ".typed", ".toml", ".bib", ".yaml", ".sbatch"}
+    files = {path for folder in SHIPPED for path in (ROOT / folder).rglob("*") if path.suffix in suffixes}
+    files |= {*(ROOT / "model_cards").glob("*.md"), *(ROOT / "examples" / "data").glob("*.*")}
+    names = {str(path.relative_to(ROOT)) for path in files if "s3prl" not in path.parts}  # that needs a clone of s3prl
+    return {name if name.startswith("spidr_hf/") else f"spidr_hf/{name}" for name in names}
 
 
 @pytest.mark.slow
@@ -123,9 +123,26 @@ def test_the_wheel_works_without_the_repository(tmp_path):
     tiny_model().save_pretrained(work / "model")
     SpidrFeatureExtractor().save_pretrained(work / "model")
     soundfile.write(work / "speech.wav", read_manifest(ROOT / "examples" / "data" / "manifest.csv").read(0), 16_000)
-    run(python, "-m", "spidr_hf.conversion.convert_checkpoint", FIXTURE, "converted", cwd=work)
+    command = tmp_path / "venv" / "bin" / "spidr-hf"
+    run(command, "convert", FIXTURE, "converted", cwd=work)
     assert ModelCard.load(work / "converted" / "README.md").data.library_name == "transformers"
     assert f"works {spidr_hf.__version__}" in run(python, "-c", SCRIPT, cwd=work)
+    shipped = work / "shipped"
+    shipped.symlink_to(next((tmp_path / "venv").glob("lib/python*/site-packages/spidr_hf/examples")))
+    run(command, "extract-units", "model", "shipped/data/manifest.csv", "units", "--layers", "4", cwd=work)
+    run(command, "evaluate-units", "units", "shipped/data/alignments.jsonl", "--json", "scores.json", cwd=work)
+    assert 0 < json.loads((work / "scores.json").read_text())["pnmi"] < 1
+    options = ["--optimizer.max_steps", "2", "--run.tracker", "none", "--data.num_workers", "0"]
+    config = [
+        "--config",
+        "shipped/configs/demo.toml",
+        "--output-dir",
+        "run",
+        "--data.manifest",
+        "shipped/data/manifest.csv",
+    ]
+    run(command, "pretrain", *config, *options, cwd=work)
+    assert (work / "run" / "final" / "model.safetensors").exists()
 
 
 def run(*command: object, cwd: Path) -> str:

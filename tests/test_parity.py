@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from spidr_hf import SpidrForPretraining
 from spidr_hf.conversion.checkpoints import read_pretraining_checkpoint
 from spidr_hf.conversion.spidr_format import from_spidr
 from spidr_hf.examples.benchmarks.parity import Pairs, compare_fairseq, compare_outputs, compare_training
-
-from spidr_hf import SpidrForPretraining
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"
 SPIDR = ("spidr-tiny", "dinosr-tiny", "spidr-tiny-variant")

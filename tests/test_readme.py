@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from spidr_hf.conversion.sources import MIRROR_VARIABLE, published
 from tiny import tiny_model
 from walk import ROOT, command_lines, copy_repository, own_environment, type_in, write_checkpoint, write_speech
 
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
+from spidr_hf.conversion.sources import MIRROR_VARIABLE, published
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import soundfile
 import torch
-from spidr_hf.conversion.spidr_format import config_to_spidr, to_spidr
 
 from spidr_hf import SpidrForPretraining
+from spidr_hf.conversion.spidr_format import config_to_spidr, to_spidr
 from spidr_hf.data.manifests import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent

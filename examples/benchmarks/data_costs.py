@@ -22,7 +22,6 @@ from spidr_hf.data.audio import read_audio, read_window
 from spidr_hf.data.batches import PretrainingBatches, make_loader, make_sampler
 from spidr_hf.data.batching import BatchKey, BucketSampler, Position
 from spidr_hf.data.manifests import Manifest, open_manifest, scan_folder
-from spidr_hf.data.masking import SpanMask, masked_frames
 from spidr_hf.data.sections import DataSection, MaskingSection
 
 # LibriSpeech's utterances, roughly: what a manifest made here says of its lengths.
@@ -152,17 +151,6 @@ def decoding_speed(folder: str | Path, waveforms: list[np.ndarray], repeats: int
     return DecodingSpeed(*(seconds / core_seconds(task, repeats) for task in tasks))
 
 
-def mask_seconds(draw: Callable[[np.ndarray, np.random.Generator], Any], batch: int = 20, frames: int = 600) -> float:
-    """Core seconds that `draw(lengths, rng)` takes for the mask of one batch."""
-    lengths, rng = np.full(batch, frames), np.random.default_rng(0)
-    return core_seconds(lambda: draw(lengths, rng), 50)
-
-
-def draw_mask(lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The mask of a batch, as workers draw it."""
-    return masked_frames(lengths, SpanMask(), rng)
-
-
 def core_seconds(task: Callable[[], Any], repeats: int) -> float:
     """Median time of this thread's core that a task takes, after one run that does not count."""
     task()
@@ -239,9 +227,7 @@ __all__ = [
     "ManifestCost",
     "core_seconds",
     "decoding_speed",
-    "draw_mask",
     "manifest_cost",
-    "mask_seconds",
     "private_memory",
     "simulated_run",
     "write_made_manifest",

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
 
 from spidr_hf.pretraining.config import PretrainingConfig, load_config
 from spidr_hf.system.errors import ConfigError

@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTraining
+
+from spidr_hf import SpidrForPretraining
 from spidr_hf.conversion import convert_checkpoint, export_checkpoint
 from spidr_hf.conversion.checkpoints import read_pretraining_checkpoint
 from spidr_hf.conversion.errors import ConversionError, TensorMismatchError
@@ -15,9 +18,6 @@ from spidr_hf.conversion.fairseq_format import convert_fairseq, parse_conv_layer
 from spidr_hf.conversion.safe_pickle import StandIn, read_checkpoint
 from spidr_hf.conversion.spidr_format import config_from_spidr, config_to_spidr, objective_of
 from spidr_hf.conversion.tensors import same_bits
-from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTraining
-
-from spidr_hf import SpidrForPretraining
 from spidr_hf.hub_spidr import AUTO_MAP, HUB_FILES
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from spidr_hf.conversion import convert_checkpoint
 from spidr_hf.conversion.errors import ConversionError, UnsafeCheckpointError
 from spidr_hf.conversion.safe_pickle import StandIn, plain, read_checkpoint

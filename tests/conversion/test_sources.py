@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
 from spidr_hf.conversion import convert_checkpoint, sources
 from spidr_hf.conversion.errors import ConversionError
 from spidr_hf.conversion.sources import MIRROR_VARIABLE, download, find_source, published

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from spidr_hf import SpidrConfig
 from spidr_hf.examples.benchmarks import timing
 from spidr_hf.examples.benchmarks.peers import TOLERANCE, difference, installed_peers, make_peer
 from spidr_hf.examples.benchmarks.timing import (
@@ -19,10 +23,6 @@ from spidr_hf.examples.benchmarks.timing import (
     speedup,
     training_flops,
 )
-from tiny import tiny_model
-from torch.utils.flop_counter import FlopCounterMode
-
-from spidr_hf import SpidrConfig
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "benchmark.py"
 CPU = torch.device("cpu")

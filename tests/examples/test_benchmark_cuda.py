@@ -6,6 +6,8 @@ from functools import partial
 import pytest
 import torch
 from commands import fails, run_command
+from tiny import tiny_model
+
 from spidr_hf.examples.benchmarks.steps import (
     DEFAULT,
     Form,
@@ -16,7 +18,6 @@ from spidr_hf.examples.benchmarks.steps import (
     noise_batches,
     state_bytes,
 )
-from tiny import tiny_model
 
 SMALL = ("--size", "tiny", "--batch", 2, "--seconds", 0.5, "--device", "cpu", "--rounds", 1, "--steps", 1, "--top", 3)
 

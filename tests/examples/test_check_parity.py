@@ -9,6 +9,7 @@ import torch
 from commands import fails, run_command
 from interpreted import need_interpreter, run_kernels_anywhere
 from safetensors.torch import load_file, save_file
+
 from spidr_hf.examples.benchmarks.parity import judge
 
 PARITY = Path(__file__).parents[1] / "fixtures" / "parity"

@@ -15,6 +15,11 @@ import pytest
 import soundfile
 import torch
 from commands import fails, run_command
+from tiny import tiny_model
+from transformers import pipeline
+
+from spidr_hf import SpidrFeatureExtractor
+from spidr_hf.data.manifests import read_manifest
 from spidr_hf.examples.demo_page.recordings import Recording
 from spidr_hf.examples.demo_page.unit_html import (
     comparison_html,
@@ -23,11 +28,6 @@ from spidr_hf.examples.demo_page.unit_html import (
     timeline_html,
     unit_colour,
 )
-from tiny import tiny_model
-from transformers import pipeline
-
-from spidr_hf import SpidrFeatureExtractor
-from spidr_hf.data.manifests import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

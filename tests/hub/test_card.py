@@ -7,7 +7,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from spidr_hf.conversion.sources import published
 from tiny import tiny_config, tiny_model
 from transformers import Wav2Vec2Processor
 
@@ -19,6 +18,7 @@ from spidr_hf import (
     SpidrForSequenceClassification,
     SpidrForXVector,
 )
+from spidr_hf.conversion.sources import published
 from spidr_hf.finetuning.ctc import make_tokenizer
 from spidr_hf.hub.card import CARDS, converted_card, finetuned_card, trained_card
 

@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from reference_units import edit_distance
+
 from spidr_hf.examples.demo_page.comparison import align_units, compare_units
 
 sequences = st.lists(st.integers(0, 3), max_size=9)

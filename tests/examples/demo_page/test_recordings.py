@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import soundfile
+from tiny import tiny_model
+
+from spidr_hf import SpidrFeatureExtractor
 from spidr_hf.examples.demo_page.recordings import (
     Recording,
     analyse_recording,
@@ -12,9 +15,6 @@ from spidr_hf.examples.demo_page.recordings import (
     unit_stretches,
     units_report,
 )
-from tiny import tiny_model
-
-from spidr_hf import SpidrFeatureExtractor
 from spidr_hf.system.errors import AudioError
 from spidr_hf.units.unit_files import predict_units
 
