@@ -131,7 +131,7 @@ def test_the_wheel_works_without_the_repository(tmp_path):
     shipped.symlink_to(next((tmp_path / "venv").glob("lib/python*/site-packages/spidr_hf/examples")))
     run(command, "extract-units", "model", "shipped/data/manifest.csv", "units", "--layers", "4", cwd=work)
     run(command, "evaluate-units", "units", "shipped/data/alignments.jsonl", "--json", "scores.json", cwd=work)
-    assert 0 < json.loads((work / "scores.json").read_text())["pnmi"] < 1
+    assert 0 < json.loads((work / "scores.json").read_text())["layers"]["4"]["pnmi"] < 1
     options = ["--optimizer.max_steps", "2", "--run.tracker", "none", "--data.num_workers", "0"]
     config = [
         "--config",
