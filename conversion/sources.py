@@ -90,7 +90,10 @@ def _checkpoints_in(folder: Path) -> list[Path]:
 
 
 def _published(card: dict[str, Any]) -> Source:
-    place = card["source"]
+    place, licence = card["source"], card["license"]
+    name, link = licence.get("name", licence["id"]), licence.get("link") or place.get("publisher", "")
+    where = place.get("url") or f"the Hub's {place['repo']}"
+    print(f"{card['title']} is from {where}. Licence of its weights: {name} {link}".rstrip() + ".", file=sys.stderr)
     source = _from_url(place["url"]) if "url" in place else _from_hub(place["repo"], place.get("file"))
     source.objective, source.card = place["objective"], card
     return source
@@ -142,6 +145,8 @@ def download(url: str, folder: Path | None = None) -> Path:
     try:
         with urllib.request.urlopen(_request(url, stored), timeout=60) as response:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if length := response.headers.get("Content-Length"):
+                print(f"Downloading {url}, {int(length) / 1e6:.0f} MB, once.", file=sys.stderr)
             _save(response, path, name)
             validators = (("ETag", "If-None-Match"), ("Last-Modified", "If-Modified-Since"))
             new = {ask: response.headers[tell] for tell, ask in validators if response.headers[tell]}

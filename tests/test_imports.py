@@ -26,7 +26,7 @@ BELOW["examples"] = BELOW["pretraining"] | {"pretraining", "finetuning", "conver
 # The first registers the pipeline, the second loads a command by its name.
 EXEMPT = {"spidr_hf", "spidr_hf.__main__"}
 # Who may import the converter: where a run begins, and where a model's name is looked up.
-OF_CONVERSION = {"spidr_hf.pretraining.start", "spidr_hf.hub.loading"}
+OF_CONVERSION = {"spidr_hf.pretraining.start", "spidr_hf.hub.published"}
 
 
 @cache

@@ -115,13 +115,13 @@ def load_for_finetuning(
     """
     name = args.model
     torch.manual_seed(args.seed)
-    with loading(name, args.revision):
-        extractor = SpidrFeatureExtractor.from_pretrained(name, revision=args.revision)
+    with loading(name, args.revision) as place:
+        extractor = SpidrFeatureExtractor.from_pretrained(place, revision=args.revision)
         if args.random_encoder:
-            config = SpidrConfig.from_pretrained(name, revision=args.revision, **changes)
+            config = SpidrConfig.from_pretrained(place, revision=args.revision, **changes)
             return model_class(config), extractor
         model, found = model_class.from_pretrained(
-            name, revision=args.revision, dtype=torch.float32, output_loading_info=True, **changes
+            place, revision=args.revision, dtype=torch.float32, output_loading_info=True, **changes
         )
     if missing := sorted(key for key in found["missing_keys"] if key.startswith("spidr.")):
         raise ValueError(f"{name} lacks weights of the encoder, for example {missing[0]}: it is not the whole of one.")
