@@ -25,16 +25,25 @@ import huggingface_hub
 from transformers.utils import logging
 
 from spidr_hf.hub.card import converted_card
+from spidr_hf.system.messages import one_line
 
 from .checkpoints import read_config, read_pretraining_checkpoint
 from .errors import ConversionError
 from .model_folder import check_free, save_model, whole_folder
 from .sources import MIRROR_VARIABLE, Source, find_source, published
+from .tensors import ALLOW_NON_FINITE
+from .unfinished import remove_abandoned, writing
 from .verify import TOLERANCE, compare_with_spidr, require_spidr
 
 
 def convert(
-    source: str, output: str, *, config: str | None = None, objective: str | None = None, model_id: str | None = None
+    source: str,
+    output: str,
+    *,
+    config: str | None = None,
+    objective: str | None = None,
+    model_id: str | None = None,
+    allow_non_finite: bool = False,
 ) -> Source:
     """Converts `source` (see `find_source`) into the new folder `output`. Returns what was found as the source.
 
@@ -42,18 +51,26 @@ def convert(
         config: path of a configuration in the format's own field names, in place of what comes with the checkpoint.
         objective: "spidr" or "dinosr", where nothing else tells.
         model_id: the name of the model in its card; by default `output`.
+        allow_non_finite: whether tensors may hold NaN or infinite numbers.
 
     Raises:
         ConversionError: nothing has been written then.
     """
     check_free(Path(output))
+    remove_abandoned(Path(output).absolute())
     given = read_config(config) if config else None
     found = find_source(source)
     if objective and found.objective and objective != found.objective:
         raise ConversionError(f"{source} was trained with --objective {found.objective}, not {objective}.")
-    converted = read_pretraining_checkpoint(found.path, given, objective or found.objective, config_beside=found.config)
+    converted = read_pretraining_checkpoint(
+        found.path,
+        given,
+        objective or found.objective,
+        config_beside=found.config,
+        allow_non_finite=allow_non_finite,
+    )
     for note in converted.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {one_line(note)}", file=sys.stderr)
     if model_id is None:
         model_id = Path(output).name if Path(output).is_absolute() or ".." in Path(output).parts else str(Path(output))
     with whole_folder(output) as folder:
@@ -62,7 +79,8 @@ def convert(
         card = converted_card(
             converted.config, model_id=model_id, origin=found.origin, update_count=step, card=found.card
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        with writing(Path(output)):
+            (folder / "README.md").write_text(card, encoding="utf-8")
     return found
 
 
@@ -95,7 +113,7 @@ def push(folder: str, repository: str, *, private: bool) -> None:
             repo_id=repository, folder_path=folder, commit_message="Upload the converted checkpoint"
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConversionError(
             f"{folder} is complete, but uploading it to {repository} failed: {reason} (Not logged in? `hf auth login`.)"
         ) from None
@@ -122,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--objective", choices=("spidr", "dinosr"), help="the training objective, where neither file nor config tells"
     )
+    parser.add_argument("--allow-non-finite", action="store_true", help=ALLOW_NON_FINITE)
     parser.add_argument(
         "--verify", action="store_true", help="run the result and the installed spidr package on the same audio"
     )
@@ -136,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config=options.config,
             objective=options.objective,
             model_id=options.push_to_hub,
+            allow_non_finite=options.allow_non_finite,
         )
         print(f"Wrote {options.output}: AutoModel.from_pretrained({str(options.output)!r}) loads it.")
         if options.verify:
@@ -145,8 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if private:
                 print(f"Its authors state no licence, so {options.push_to_hub} is private if it is new.")
             push(options.output, options.push_to_hub, private=private)
-    except (ConversionError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConversionError, OSError, MemoryError) as error:
+        print(f"error: {one_line(error) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 

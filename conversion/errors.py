@@ -1,8 +1,16 @@
 """What goes wrong in a conversion, one class per kind; every message says what to do."""
 
+from spidr_hf.system.messages import one_line
+
 
 class ConversionError(ValueError):
-    """A source that cannot be converted."""
+    """A source that cannot be converted.
+
+    The message is one printable line of bounded length, whatever the names are that it takes from a file.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 class UnsafeCheckpointError(ConversionError):
@@ -13,4 +21,8 @@ class TensorMismatchError(ConversionError):
     """Missing, unexpected or wrongly shaped tensors."""
 
 
-__all__ = ["ConversionError", "TensorMismatchError", "UnsafeCheckpointError"]
+class NonFiniteError(ConversionError):
+    """Tensors with NaN or infinite numbers."""
+
+
+__all__ = ["ConversionError", "NonFiniteError", "TensorMismatchError", "UnsafeCheckpointError"]

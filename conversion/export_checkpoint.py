@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,55 +19,70 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 
 import torch
 
+from spidr_hf.system.messages import one_line, shown
+
 from .errors import ConversionError, TensorMismatchError
 from .model_folder import load_folder
 from .spidr_format import config_to_spidr, to_spidr
-from .tensors import check_tensors, expected_tensors
+from .tensors import ALLOW_NON_FINITE, check_tensors, expected_tensors
+from .unfinished import publish, unfinished, writing
 
 
-def export(folder: str | os.PathLike, output: str | os.PathLike) -> None:
+def export(folder: str | os.PathLike, output: str | os.PathLike, *, allow_non_finite: bool = False) -> None:
     """Writes the pretraining model in `folder` as SpidR's checkpoint `output`, with its config.json beside it.
+
+    Args:
+        allow_non_finite: whether tensors may hold NaN or infinite numbers.
 
     Raises:
         ConversionError: the folder holds no pretraining model, or one that SpidR's format cannot hold; or files are in
             the way. Nothing has been written then.
     """
     output = Path(output)
-    config, tensors = load_folder(folder)
+    config, tensors = load_folder(folder, allow_non_finite=allow_non_finite)
     raw = config_to_spidr(config)
     try:
         shapes = {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
-        check_tensors(tensors, shapes, what=str(folder))
+        check_tensors(tensors, shapes, what=shown(folder))
     except TensorMismatchError as error:
         if not any(name.startswith("teacher.") for name in tensors):
             raise ConversionError(
-                f"{folder} holds no pretraining model (no teacher and codebooks), which SpidR's format needs."
+                f"{shown(folder)} holds no pretraining model (no teacher and codebooks), which SpidR's format needs."
             ) from error
         raise
     if output.is_dir():
-        raise ConversionError(f"{output} is a folder. Give the file to write, for example {output / 'checkpoint.pt'}.")
+        raise ConversionError(f"{shown(output)} is a folder. Give a file, such as {shown(output / 'checkpoint.pt')}.")
     text = json.dumps(raw, indent=1) + "\n"
     beside = output.parent / "config.json"
-    for path, unchanged in ((output, False), (beside, beside.is_file() and beside.read_text() == text)):
+    if output.name == beside.name:
+        raise ConversionError(f"{shown(output)} is where the configuration goes. Give the checkpoint another name.")
+    kept = beside.is_file() and beside.read_bytes() == text.encode()
+    for path, unchanged in ((output, False), (beside, kept)):
         if path.exists() and not unchanged:
-            raise ConversionError(f"{path} exists already. Remove it or write somewhere else.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(beside, lambda path: path.write_text(text, encoding="utf-8"))
-    _write_whole(output, lambda path: torch.save({"model": to_spidr(tensors)}, path))
-
-
-def _write_whole(target: Path, write) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    os.close(handle)
-    partial = Path(name)
+            raise ConversionError(f"{shown(path)} exists already. Remove it or write somewhere else.")
+    created = [parent for parent in output.absolute().parents if not parent.exists()]
     try:
-        write(partial)
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+        with writing(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished(output) as tensor_file, unfinished(beside) as config_file:
+                with tensor_file.open("wb") as file:  # by its name, PyTorch would write the temporary one into it
+                    torch.save({"model": to_spidr(tensors)}, file)
+                config_file.write_text(text, encoding="utf-8")
+                for partial in (tensor_file, config_file):
+                    publish(partial)
+                if not kept:
+                    config_file.rename(beside)
+                try:
+                    tensor_file.rename(output)
+                except OSError:
+                    if not kept:
+                        beside.unlink()
+                    raise
+    except BaseException:
+        for parent in created:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,11 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", metavar="FOLDER", help="a converted or trained pretraining model")
     parser.add_argument("output", metavar="OUTPUT.pt", help="the checkpoint to write")
+    parser.add_argument("--allow-non-finite", action="store_true", help=ALLOW_NON_FINITE)
     options = parser.parse_args(arguments)
     try:
-        export(options.folder, options.output)
-    except (ConversionError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        export(options.folder, options.output, allow_non_finite=options.allow_non_finite)
+    except (ConversionError, OSError, MemoryError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     print(f"Wrote {options.output} and {Path(options.output).parent / 'config.json'}.")
     return 0

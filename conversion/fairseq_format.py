@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from spidr_hf import SpidrConfig
+from spidr_hf.system.messages import shown
 
 from .errors import ConversionError
 from .safe_pickle import plain
-from .spidr_format import Converted, from_spidr, in_words_of_the_file, model_section, to_spidr
-from .tensors import Shape, as_stored, check_tensors, expected_tensors
+from .spidr_format import Converted, from_spidr, in_words_of_the_file, model_section, only_tensors, to_spidr
+from .tensors import Shape, as_stored, check_sizes, check_tensors, expected_tensors
 
 # Field of fairseq's configuration -> field of SpidrConfig.
 _FIELDS = {
@@ -103,7 +104,8 @@ def parse_conv_layers(expression: Any) -> list[tuple[int, int, int]]:
     Only numbers, lists, tuples, `+` between lists and `*` with a number are understood.
     """
     refused = ConversionError(
-        f"`conv_feature_layers` must be a list of (channels, kernel, stride) built with + and *, got {expression!r}."
+        f"`conv_feature_layers` must be a list of (channels, kernel, stride) built with + and *, got "
+        f"{shown(expression)!r}."
     )
 
     def checked(layers: Any) -> list[tuple[int, int, int]]:
@@ -147,10 +149,7 @@ def _evaluate(node: ast.expr) -> Any:
 
 def settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The model's fields in a fairseq checkpoint: `cfg.model`, or `args`, whatever kind of object holds them."""
-    try:
-        cfg, args = plain(checkpoint.get("cfg")), plain(checkpoint.get("args"))
-    except RecursionError:
-        raise ConversionError("The settings in the fairseq checkpoint contain themselves.") from None
+    cfg, args = plain(checkpoint.get("cfg")), plain(checkpoint.get("args"))
     if isinstance(cfg, Mapping) and isinstance(cfg.get("model"), Mapping):
         return {name: _resolve(value, cfg) for name, value in cfg["model"].items()}
     if isinstance(args, Mapping):
@@ -183,23 +182,23 @@ def config_from_fairseq(fields: Mapping[str, Any]) -> SpidrConfig:
             f"The fairseq settings lack {', '.join(missing)}. Give a complete model section with --config FILE.json."
         )
     problems = [
-        f"{name} = {fields[name]!r} (only {value!r} can be represented)"
+        f"{name} = {_value(fields[name])} (only {value!r} can be represented)"
         for name, value in _FIXED.items()
         if fields.get(name) is not None and fields[name] != value
     ]
     if fields.get("codebook_end_decay") not in (None, fields["codebook_init_decay"]):
         problems.append(
-            f"codebook_end_decay = {fields['codebook_end_decay']!r} (only a constant decay can be represented, and "
-            f"codebook_init_decay is {fields['codebook_init_decay']!r})"
+            f"codebook_end_decay = {_value(fields['codebook_end_decay'])} (only a constant decay can be represented, "
+            f"and codebook_init_decay is {_value(fields['codebook_init_decay'])})"
         )
     layers_only = fields.get("ema_layers_only", True)
     if not layers_only and not fields.get("ema_transformer_only", True):
         problems.append("ema_transformer_only = False (the teacher has no feature extractor of its own)")
-    if fields["extractor_mode"] not in _EXTRACTOR_MODES:
-        problems.append(f"extractor_mode = {fields['extractor_mode']!r} (only 'layer_norm' or 'default')")
+    if fields["extractor_mode"] not in tuple(_EXTRACTOR_MODES):
+        problems.append(f"extractor_mode = {_value(fields['extractor_mode'])} (only 'layer_norm' or 'default')")
     freeze = fields["freeze_teacher_step"]
     if type(freeze) is not int or freeze < 1:
-        problems.append(f"freeze_teacher_step = {freeze!r} (only a step of at least 1)")
+        problems.append(f"freeze_teacher_step = {_value(freeze)} (only a step of at least 1)")
     if problems:
         raise ConversionError("This DinoSR model has options that cannot be represented: " + "; ".join(problems) + ".")
     values = {ours: fields[theirs] for theirs, ours in _FIELDS.items()}
@@ -219,7 +218,13 @@ def config_from_fairseq(fields: Mapping[str, Any]) -> SpidrConfig:
     names = {ours: theirs for theirs, ours in _FIELDS.items()}
     names |= dict.fromkeys(("conv_dim", "conv_kernel", "conv_stride"), "conv_feature_layers")
     with in_words_of_the_file(names):
-        return SpidrConfig(**values)
+        config = SpidrConfig(**values)
+        check_sizes(config)
+        return config
+
+
+def _value(value: Any) -> str:
+    return repr(shown(value)) if isinstance(value, str) else shown(value)
 
 
 def update_count(checkpoint: Mapping[str, Any]) -> int | None:
@@ -287,20 +292,24 @@ def _assembly(name: str, shape: Shape, config: SpidrConfig) -> Assembly:
     return [(_translate(name, _NAMES), shape)], _only
 
 
-def _flatten(model: Mapping[str, Any], what: str) -> dict[str, Tensor]:
-    """The file's tensors in one dict, the teacher's under `_ema.`."""
+def fairseq_tensors(checkpoint: Mapping[str, Any], what: str) -> dict[str, Tensor]:
+    """The tensors of a fairseq checkpoint in one dict, the teacher's under `_ema.`.
+
+    Raises:
+        ConversionError: there are other things among them, or a feature extractor of the teacher's own.
+    """
+    model = checkpoint["model"]
     ema = plain(model.get("_ema")) if not isinstance(model.get("_ema"), Mapping) else model["_ema"]
-    flat = {name: value for name, value in model.items() if name != "_ema"}
-    flat |= {_EMA + name: value for name, value in (ema or {}).items()}
+    flat = {str(name): value for name, value in model.items() if name != "_ema"}
+    if isinstance(ema, Mapping):
+        flat |= {f"{_EMA}{name}": value for name, value in ema.items()}
     own = sorted(name for name in flat if name.startswith("_pre_encoder"))
     if own:
         raise ConversionError(
-            f"{what} has a feature extractor of the teacher's own ({', '.join(own[:3])}, ...), from a run with "
-            "freeze_pre_enc_modules=False. These models share the student's extractor and cannot represent it."
+            f"{what} has a feature extractor of the teacher's own ({', '.join(map(shown, own[:3]))}, ...), from a run "
+            "with freeze_pre_enc_modules=False. These models share the student's extractor and cannot represent it."
         )
-    others = [name for name, value in flat.items() if not isinstance(value, Tensor)]
-    if others:
-        raise ConversionError(f"{what} holds things among its tensors that are none: {', '.join(map(repr, others))}.")
+    only_tensors(flat, what)
     # PyTorch's newer spelling of weight norm.
     renamed = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     for new, old in renamed.items():
@@ -321,7 +330,7 @@ def convert_fairseq(
     """
     if objective not in (None, "dinosr"):
         raise ConversionError(f"{what} is an original DinoSR checkpoint: its objective is dinosr, not {objective}.")
-    tensors = _flatten(checkpoint["model"], what)
+    tensors = fairseq_tensors(checkpoint, what)
     config = config_from_fairseq(settings(checkpoint) if raw_config is None else model_section(raw_config))
     reference = expected_tensors(config)
     assemblies = {
@@ -343,6 +352,7 @@ def convert_fairseq(
 __all__ = [
     "config_from_fairseq",
     "convert_fairseq",
+    "fairseq_tensors",
     "is_fairseq",
     "parse_conv_layers",
     "settings",

@@ -1,22 +1,26 @@
 """Writes a model folder that is complete or not there, and reads the tensors of one."""
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining
+from spidr_hf.system.messages import shown
 
 from .errors import ConversionError
 from .spidr_format import Converted
-from .tensors import same_bits
+from .tensors import check_finite, check_sizes, same_bits
+from .text_files import read_table, refuse_lfs_pointer
+from .unfinished import publish, unfinished, writing
+
+_LARGEST_HEADER = 8 << 20  # of a safetensors file
 
 
 @contextmanager
@@ -29,23 +33,17 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     target = Path(target).absolute()
     check_free(target)
     created = [folder for folder in target.parents if not folder.exists()]
-    partial = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        yield partial
-        # Temporary folders and some of what is written into them are private; this one is not to stay so.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
-        for path in partial.rglob("*"):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished(target, folder=True) as partial:
+            yield partial
+            with writing(target):
+                publish(partial)
+                if target.exists():
+                    target.rmdir()
+                partial.rename(target)
     except BaseException:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
         for folder in created:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -55,9 +53,9 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
 def check_free(target: Path) -> None:
     """Refuses to write over anything."""
     if target.is_dir() and any(target.iterdir()):
-        raise ConversionError(f"{target} exists and is not empty. Remove it or give another folder.")
+        raise ConversionError(f"{shown(target)} exists and is not empty. Remove it or give another folder.")
     if target.exists() and not target.is_dir():
-        raise ConversionError(f"{target} is a file. Give a folder.")
+        raise ConversionError(f"{shown(target)} is a file. Give a folder.")
 
 
 def save_model(converted: Converted, folder: Path) -> None:
@@ -68,43 +66,77 @@ def save_model(converted: Converted, folder: Path) -> None:
     with torch.device("meta"):
         model = SpidrForPretraining(converted.config)
     model.load_state_dict(converted.tensors, strict=True, assign=True)
-    model.save_pretrained(folder)
-    SpidrFeatureExtractor().save_pretrained(folder)
+    with writing(folder):
+        model.save_pretrained(folder)
+        SpidrFeatureExtractor().save_pretrained(folder)
     reloaded = SpidrForPretraining.from_pretrained(folder, local_files_only=True).state_dict()
     changed = [name for name, tensor in converted.tensors.items() if not same_bits(tensor, reloaded[name])]
     if changed or set(reloaded) != set(converted.tensors):
         raise ConversionError(f"Reading the written folder back gives other tensors: {', '.join(changed)}.")
 
 
-def load_folder(folder: str | os.PathLike) -> tuple[SpidrConfig, dict[str, Tensor]]:
+def load_folder(folder: str | os.PathLike, *, allow_non_finite: bool = False) -> tuple[SpidrConfig, dict[str, Tensor]]:
     """Configuration and tensors of a model folder, exactly as stored.
 
     Raises:
-        ConversionError: it is none of this model family.
+        ConversionError: it is none of this model family, damaged, or (unless `allow_non_finite`) holds numbers that are
+            not finite.
     """
     folder = Path(folder)
+    name = shown(folder)
     if not (folder / "config.json").is_file():
-        raise ConversionError(f"{folder} is not a model folder: it has no config.json.")
+        raise ConversionError(f"{name} is not a model folder: it has no config.json.")
+    fields = read_table(folder / "config.json")
+    if fields.get("model_type") != SpidrConfig.model_type:
+        raise ConversionError(f"{name} does not hold a model of this family (`model_type` is not 'spidr').")
     try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{folder / 'config.json'} is not valid JSON: {error}.") from None
-    if not isinstance(fields, dict) or fields.get("model_type") != SpidrConfig.model_type:
-        raise ConversionError(f"{folder} does not hold a model of this family (`model_type` is not 'spidr').")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+        config = SpidrConfig.from_dict(fields)
+        check_sizes(config)
+    except Exception as error:  # whatever a wrong value makes of the code that reads it
+        raise ConversionError(f"{shown(folder / 'config.json')} cannot be right: {error}") from None
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise ConversionError(f"{folder} has no {name}.")
-        tensors |= load_file(folder / name)
+    for file in _weight_files(folder):
+        tensors |= _read_safetensors(file)
+    check_finite(tensors, name, allow=allow_non_finite)
+    return config, tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: the one, or those that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    places = read_table(index).get("weight_map")
+    names = set(places.values()) if isinstance(places, dict) and all(map(_is_file_name, places.values())) else set()
+    if not names:
+        raise ConversionError(f"{shown(index)} must have a `weight_map` of tensors to names of files in its folder.")
+    return [folder / name for name in sorted(names)]
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and "\0" not in name
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    name = shown(path)
+    if not path.is_file():
+        raise ConversionError(f"{shown(path.parent)} has no {shown(path.name)}.")
     try:
-        return SpidrConfig.from_dict(fields), tensors
-    except ValueError as error:
-        raise ConversionError(f"{folder / 'config.json'} cannot be right: {error}") from None
+        refuse_lfs_pointer(path)
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > _LARGEST_HEADER:
+            raise ConversionError(
+                f"{name} is no safetensors file, or a damaged one (its header is {header} bytes long)."
+            )
+        return load_file(path)
+    except OSError as error:
+        raise ConversionError(f"{name} cannot be read: {error.strerror or error}.") from None
+    except SafetensorError as error:
+        raise ConversionError(
+            f"{name} is no safetensors file, or a damaged one ({error}). Compare its size with the original's and "
+            "download it again."
+        ) from None
 
 
 __all__ = ["check_free", "load_folder", "save_model", "whole_folder"]

@@ -1,32 +1,36 @@
-"""Reads PyTorch checkpoints without running anything they contain.
+"""Reads the pickles in PyTorch checkpoints without running anything they contain, in bounded time and memory.
 
-`torch.load(weights_only=True)` comes first. What it refuses (settings stored as omegaconf containers, namespaces,
-enums or meters of other packages) goes through an unpickler in which every global name is only a name: tensors and
-plain containers are rebuilt by the functions below, instances of unknown classes become `StandIn` objects that hold
-their state and nothing else, and a call to any other function ends the reading with an error that names it.
+Every global name is only a name: tensors and plain containers are rebuilt by the functions below, instances of unknown
+classes become `StandIn` objects that hold their state and nothing else, and a call to any other function ends the
+reading with an error that names it. What is built is counted (`_Effort`), so that no file keeps the reader busy: a few
+hundred bytes could ask for 2 ** 60 parts.
 """
 
 import _compat_pickle
-import io
 import os
 import pickle
 import re
-import struct
 import sys
-import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spidr_hf.system.messages import shown
+
 from .errors import ConversionError, UnsafeCheckpointError
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# Opcodes, entries and copies. The largest known checkpoints (with optimizer and settings) need 60 000.
+_MOST_EFFORT = 1_000_000
+LARGEST_PICKLE = 16 << 20
+_MOST_KEY_PARTS = 1000
+_MOST_DIMENSIONS = 64
+# Of settings: values in all, and one inside the other.
+_MOST_SETTINGS = 100_000
+_DEEPEST_SETTINGS = 50
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -63,6 +67,16 @@ _INERT = {
     "numpy.random._pickle.__randomstate_ctor",
     "numpy.random._pickle.__generator_ctor",
     "numpy.random._pickle.__bit_generator_ctor",
+    # Tensors of kinds that no model here has.
+    "torch._utils._rebuild_sparse_tensor",
+    "torch._utils._rebuild_sparse_csr_tensor",
+    "torch._utils._rebuild_nested_tensor",
+    "torch._utils._rebuild_qtensor",
+    "torch._utils._rebuild_meta_tensor_no_storage",
+    "torch._utils._rebuild_device_tensor_from_numpy",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+    "torch._utils._rebuild_wrapper_subclass",
+    "torch.serialization._get_layout",
 }
 _INERT_MODULES = {"typing", "pathlib", "pathlib._local"}
 _CLASS_NAME = re.compile(r"_*[A-Z]")
@@ -108,25 +122,39 @@ class StandIn:
     add = append
 
 
-class _Storage:
+class Storage:
     """A storage of the file: its dtype and its bytes."""
 
-    __slots__ = ("dtype", "numel", "untyped")
+    __slots__ = ("dtype", "untyped")
 
-    def __init__(self, dtype: torch.dtype, numel: int, untyped: torch.UntypedStorage):
+    def __init__(self, dtype: torch.dtype, untyped: torch.UntypedStorage):
         self.dtype = dtype
-        self.numel = numel
         self.untyped = untyped
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
-    integers = (offset, *size, *stride)
-    if not isinstance(storage, _Storage) or len(size) != len(stride) or not all(type(n) is int for n in integers):
+def _rebuild_tensor(
+    storage: Storage, offset: int, size: tuple, stride: tuple, *_: Any, dtype: torch.dtype | None = None
+) -> Tensor:
+    described = isinstance(storage, Storage) and isinstance(size, tuple) and isinstance(stride, tuple)
+    if not described or len(size) != len(stride) or len(size) > _MOST_DIMENSIONS:
         raise ConversionError("a tensor of the file is described wrongly")
+    integers = (offset, *size, *stride)
+    if not all(type(n) is int for n in integers):
+        raise ConversionError("a tensor of the file is described wrongly")
+    dtype = dtype or storage.dtype
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if min(integers) < 0 or (0 not in size and last >= storage.numel):
+    if min(integers) < 0 or (0 not in size and (last + 1) * dtype.itemsize > storage.untyped.nbytes()):
         raise ConversionError("a tensor of the file reaches beyond its data")
-    return torch.empty(0, dtype=storage.dtype).set_(storage.untyped, offset, tuple(size), tuple(stride))
+    return torch.empty(0, dtype=dtype).set_(storage.untyped, offset, size, stride)
+
+
+def _rebuild_newer_tensor(
+    storage: Storage, offset: int, size: tuple, stride: tuple, _gradient: Any, _hooks: Any, dtype: Any, *_: Any
+) -> Tensor:
+    """Of the types that came after typed storages: the storage is bytes, the type stands beside it."""
+    if not isinstance(dtype, torch.dtype):
+        raise ConversionError("a tensor of the file is described wrongly")
+    return _rebuild_tensor(storage, offset, size, stride, dtype=dtype)
 
 
 def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
@@ -140,12 +168,26 @@ def _rebuild_subclass(function: _Global, _kind: Any, args: tuple, _state: Any) -
 
 
 def _rebuild_object(kind: Any, *_: Any) -> StandIn:
-    return StandIn(str(kind))
+    if not isinstance(kind, _Global):
+        raise ConversionError("an object of the file has no class")
+    return StandIn(kind.name)
+
+
+def _text(text: Any = "") -> Any:
+    return text if isinstance(text, str) else StandIn("builtins.str", (text,))
+
+
+def _bytes(data: Any = b"") -> Any:
+    return data if isinstance(data, bytes) else bytes(list(data))
+
+
+def _device(*parts: Any) -> str:
+    return ":".join(str(part) for part in parts if isinstance(part, (str, int)))
 
 
 def _encode(text: str, encoding: str = "utf-8") -> bytes:
     if encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
-        raise UnsafeCheckpointError(f"_codecs.encode with {encoding!r}")
+        raise UnsafeCheckpointError(f"_codecs.encode with {shown(encoding)}")
     return text.encode(encoding)
 
 
@@ -197,18 +239,19 @@ _CALLABLES: dict[str, Callable[..., Any]] = {
     "builtins.float": lambda number=0.0: float(number),
     "builtins.complex": lambda real=0.0, imag=0.0: complex(real, imag),
     "builtins.bool": lambda value=False: bool(value),
-    "builtins.str": lambda text="": text if isinstance(text, str) else repr(text),
-    "builtins.bytes": lambda data=b"": data if isinstance(data, bytes) else bytes(list(data)),
-    "builtins.bytearray": lambda data=b"": data if isinstance(data, bytes) else bytes(list(data)),
+    "builtins.str": _text,
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytes,
     "builtins.type": _type_of,
     "builtins.getattr": _enum_member,
     "operator.getitem": _subscript,
     "copyreg._reconstructor": _rebuild_object,
     "_codecs.encode": _encode,
     "torch.Size": lambda sizes=(): tuple(sizes),
-    "torch.device": lambda *parts: ":".join(map(str, parts)),
+    "torch.device": _device,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_newer_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
@@ -220,16 +263,80 @@ _CALLABLES: dict[str, Callable[..., Any]] = {
 }
 
 
+# Those that put their argument's entries into a hash table, and whether the entries are pairs of a key and a value.
+_HASHING = {
+    "collections.OrderedDict": True,
+    "collections.defaultdict": True,
+    "collections.Counter": False,
+    "builtins.dict": True,
+    "builtins.set": False,
+    "builtins.frozenset": False,
+}
+
+
+class _Effort:
+    """How much work may still be done for a file."""
+
+    def __init__(self, most: int = _MOST_EFFORT):
+        self.left = most
+
+    def spend(self, amount: int = 1) -> None:
+        self.left -= amount
+        if self.left < 0:
+            raise ConversionError("it describes more than any checkpoint holds, which would take too long to build")
+
+
+class _CountedOpcodes(dict):
+    """The unpickler's table of opcodes; each use costs effort."""
+
+    def __init__(self, table: Mapping[int, Any], effort: _Effort):
+        super().__init__(table)
+        self.effort = effort
+
+    def __getitem__(self, opcode: int) -> Any:
+        self.effort.spend()
+        return super().__getitem__(opcode)
+
+    def __missing__(self, opcode: int) -> Any:
+        raise pickle.UnpicklingError(f"no pickle has the byte {opcode} there")
+
+
+class _BoundedFile:
+    """The part of a file that its pickles may take up; nothing is reserved for what a pickle merely announces."""
+
+    def __init__(self, file: BinaryIO, most: int = LARGEST_PICKLE):
+        self.file = file
+        self.left = most
+
+    def read(self, size: int) -> bytes:
+        return self._spend(self.file.read(self._allowed(size)))
+
+    def readline(self) -> bytes:
+        return self._spend(self.file.readline(self.left + 1))
+
+    def _allowed(self, size: int) -> int:
+        return min(size, self.left + 1)
+
+    def _spend(self, data: bytes) -> bytes:
+        self.left -= len(data)
+        if self.left < 0:
+            raise ConversionError(f"what it holds beside its tensors is larger than {LARGEST_PICKLE >> 20} MiB")
+        return data
+
+
 class _Unpickler(pickle._Unpickler):
-    """Python's unpickler with every opcode that could reach code replaced."""
+    """Python's unpickler with every opcode that could reach code replaced, and those that could run away bounded."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
     append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, file: BinaryIO, load_storage: Callable[[Any], _Storage] | None = None):
+    def __init__(self, file: _BoundedFile, effort: _Effort, load_storage: Callable[[Any], Storage] | None = None):
         super().__init__(file, encoding="utf-8", errors="surrogateescape")
+        self.effort = effort
         self.load_storage = load_storage
+        vars(self)["dispatch"] = _CountedOpcodes(self.dispatch, effort)
 
     def find_class(self, module: str, name: str) -> Any:
         # Files in Python 2's protocol name things as Python 2 did: `commands.Popen` is subprocess's.
@@ -260,10 +367,85 @@ class _Unpickler(pickle._Unpickler):
 
     def call(self, function: Any, args: Any) -> Any:
         if not isinstance(function, _Global):
-            raise UnsafeCheckpointError(repr(function))
+            raise UnsafeCheckpointError(shown(function))
         args = tuple(args)
         known = _CALLABLES.get(function.name)
-        return known(*args) if known else StandIn(function.name, args)
+        if known is None:
+            return StandIn(function.name, args)
+        for part in args:  # they are copied
+            if isinstance(part, (str, bytes, bytearray)):
+                self.effort.spend(len(part) // 64)
+            elif isinstance(part, (list, tuple, set, frozenset, Mapping)):
+                self.effort.spend(len(part))
+                if function.name in _HASHING and not isinstance(part, Mapping):
+                    self._check_keys(part, pairs=_HASHING[function.name])
+        return known(*args)
+
+    def _check_keys(self, entries: Any, *, pairs: bool = False) -> None:
+        """Refuses keys whose hashes take long to compute, or can be made to be all alike."""
+        for entry in entries:
+            key = entry[0] if pairs and isinstance(entry, (list, tuple)) and entry else entry
+            parts, count = [key], 0
+            while parts:
+                part = parts.pop()
+                if isinstance(part, (tuple, frozenset)):
+                    count += 1 + len(part)
+                    if count > _MOST_KEY_PARTS:
+                        raise ConversionError("it has a dictionary with keys as long as no checkpoint's")
+                    parts.extend(part)
+                elif isinstance(part, complex) or (isinstance(part, int) and not -(2**63) <= part < 2**64):
+                    raise ConversionError("it has a dictionary with numbers for keys that no checkpoint has")
+            if count:
+                self.effort.spend(100 + count)
+
+    def _set_items(self, target: Any, items: list) -> None:
+        if not isinstance(target, (dict, StandIn)) or len(items) % 2:
+            raise ConversionError("it sets entries of something that has none")
+        self._check_keys(items[::2])
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[key] = value
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set_items(self.stack[-1], items)
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(self.stack[-1], items)
+
+    def load_append(self) -> None:
+        entry = self.stack.pop()
+        self._extend(self.stack[-1], [entry])
+
+    def load_appends(self) -> None:
+        entries = self.pop_mark()
+        self._extend(self.stack[-1], entries)
+
+    def _extend(self, target: Any, entries: list) -> None:
+        if not isinstance(target, (list, StandIn)):
+            raise ConversionError("it appends to something that is no list")
+        target.extend(entries)
+
+    def load_additems(self) -> None:
+        entries = self.pop_mark()
+        target = self.stack[-1]
+        self._check_keys(entries)
+        if isinstance(target, set):
+            target.update(entries)
+        elif isinstance(target, StandIn):
+            target.extend(entries)
+        else:
+            raise ConversionError("it adds to something that is no set")
+
+    def load_frozenset(self) -> None:
+        entries = self.pop_mark()
+        self._check_keys(entries)
+        self.append(frozenset(entries))
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
@@ -285,134 +467,100 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(self.stack[-1], StandIn):
             self.stack[-1].state = state
         elif not isinstance(self.stack[-1], (OrderedDict, Tensor)):
-            raise ConversionError(f"the file gives a state to {self.stack[-1]!r}")
+            raise ConversionError(f"the file gives a state to {shown(self.stack[-1])}")
 
-    dispatch[pickle.REDUCE[0]] = load_reduce
-    dispatch[pickle.NEWOBJ[0]] = load_newobj
-    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
-    dispatch[pickle.BUILD[0]] = load_build
+    for _opcode, _method in (
+        (pickle.SETITEM, load_setitem),
+        (pickle.SETITEMS, load_setitems),
+        (pickle.DICT, load_dict),
+        (pickle.APPEND, load_append),
+        (pickle.APPENDS, load_appends),
+        (pickle.ADDITEMS, load_additems),
+        (pickle.FROZENSET, load_frozenset),
+        (pickle.REDUCE, load_reduce),
+        (pickle.NEWOBJ, load_newobj),
+        (pickle.NEWOBJ_EX, load_newobj_ex),
+        (pickle.BUILD, load_build),
+    ):
+        dispatch[_opcode[0]] = _method
+    del _opcode, _method
 
 
-def _storage_description(pid: Any, fields: int) -> tuple[torch.dtype, str, int]:
+class PickleReader:
+    """Reads one file's pickles, all of them together in bounded time and memory."""
+
+    def __init__(self, file: BinaryIO, load_storage: Callable[[Any], Storage] | None = None):
+        self.file = _BoundedFile(file)
+        self.effort = _Effort()
+        self.load_storage = load_storage
+
+    def load(self) -> Any:
+        """The next object of the file.
+
+        Raises:
+            UnsafeCheckpointError: with the name of what it would call, alone.
+            ConversionError: what is wrong, alone. Damaged files raise whatever Python's unpickler does.
+        """
+        return _Unpickler(self.file, self.effort, self.load_storage).load()
+
+
+def storage_description(pid: Any, fields: int) -> tuple[torch.dtype, str, int]:
     """(dtype, key, numel) of a storage's persistent id."""
     if not isinstance(pid, tuple) or len(pid) < fields or pid[0] != "storage" or not isinstance(pid[1], _Global):
         raise ConversionError("the file refers to something that is no tensor data")
     dtype, key, numel = _STORAGES.get(pid[1].name), pid[2], pid[4]
     if dtype is None or not isinstance(key, str) or type(numel) is not int or numel < 0:
-        raise ConversionError(f"the file describes tensor data wrongly ({pid[1]}, {key!r}, {numel!r})")
+        raise ConversionError(f"the file describes tensor data wrongly ({pid[1]}, {shown(key)}, {shown(numel)})")
     return dtype, key, numel
 
 
-def _untyped(data: bytes | bytearray) -> torch.UntypedStorage:
-    if not data:
-        return torch.UntypedStorage(0)
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).untyped_storage()
+class _Settings:
+    """Turns stored objects into plain values, and counts them: parts may be shared, or contain themselves."""
 
+    def __init__(self) -> None:
+        self.left = _MOST_SETTINGS
 
-def _load_zip(path: Path) -> Any:
-    with zipfile.ZipFile(path) as archive:
-        names = set(archive.namelist())
-        pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
-        if len(pickles) != 1:
-            raise ConversionError("a zip archive, but not one that torch.save wrote")
-        root = pickles[0].partition("/")[0]
-        if any(name.startswith(f"{root}/code/") for name in names):
-            raise ConversionError("a TorchScript program, not a checkpoint; save the model's state_dict() instead")
-        order = archive.read(f"{root}/byteorder").decode() if f"{root}/byteorder" in names else "little"
-        if order != sys.byteorder:
-            raise ConversionError(f"written on a {order}-endian machine; save it again on one like this")
-        storages: dict[str, _Storage] = {}
+    def plain(self, value: Any, depth: int = 0) -> Any:
+        self.left -= 1
+        if self.left < 0 or depth > _DEEPEST_SETTINGS:
+            raise ConversionError(
+                "The settings stored in the file are nested too deeply, contain themselves or are too many."
+            )
+        if isinstance(value, Mapping):
+            return {self._key(key): self.plain(entry, depth + 1) for key, entry in value.items()}
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [self.plain(entry, depth + 1) for entry in value]
+        if isinstance(value, Tensor):
+            return value.item() if value.numel() == 1 else value
+        return self._of_object(value, depth) if isinstance(value, StandIn) else value
 
-        def load_storage(pid: Any) -> _Storage:
-            dtype, key, numel = _storage_description(pid, 5)
-            if key not in storages:
-                size = numel * dtype.itemsize
-                if f"{root}/data/{key}" not in names or archive.getinfo(f"{root}/data/{key}").file_size != size:
-                    raise ConversionError(f"the data of storage {key} is missing or cut off")
-                storages[key] = _Storage(dtype, numel, _untyped(archive.read(f"{root}/data/{key}")))
-            return storages[key]
+    def _key(self, key: Any) -> Any:
+        """Keys are names, numbers, or members of enumerations."""
+        if isinstance(key, StandIn):
+            key = self.plain(key)
+        return shown(key) if isinstance(key, (dict, list)) else key
 
-        return _Unpickler(io.BytesIO(archive.read(pickles[0])), load_storage).load()
-
-
-def _load_legacy(path: Path) -> Any:
-    """The format of PyTorch before 1.6: header pickles, the object, then the storages in a row."""
-    file_size = path.stat().st_size
-    storages: dict[str, _Storage] = {}
-
-    def load_storage(pid: Any) -> _Storage:
-        dtype, key, numel = _storage_description(pid, 6)
-        if pid[5] is not None:
-            raise ConversionError("written by a PyTorch older than 0.4; load and save it with a newer one first")
-        if key not in storages:
-            if numel * dtype.itemsize > file_size:
-                raise ConversionError(f"the data of storage {key} is cut off")
-            storages[key] = _Storage(dtype, numel, torch.UntypedStorage(numel * dtype.itemsize))
-        return storages[key]
-
-    with path.open("rb") as file:
-        if file.read(2) == b"PK":
-            raise EOFError("the end of the archive is missing")
-        file.seek(0)
-        if _Unpickler(file).load() != _LEGACY_MAGIC:
-            raise ConversionError("a pickle, but not one that torch.save wrote")
-        _Unpickler(file).load()  # protocol version
-        _Unpickler(file).load()  # byte order and type sizes of the machine that wrote it
-        result = _Unpickler(file, load_storage).load()
-        for key in _Unpickler(file).load():
-            storage = storages.get(key)
-            header = file.read(8)
-            if storage is None or len(header) < 8 or struct.unpack("<q", header)[0] != storage.numel:
-                raise ConversionError("the tensor data does not fit its description")
-            data = file.read(storage.numel * storage.dtype.itemsize)
-            if len(data) < storage.numel * storage.dtype.itemsize:
-                raise ConversionError("the file is cut off")
-            storage.untyped.copy_(_untyped(data))
-    return result
-
-
-def read_checkpoint(path: str | os.PathLike) -> Any:
-    """The object stored in a file of `torch.save` (zip or older format), tensors on the CPU.
-
-    Nothing in the file is executed. Objects of classes that PyTorch does not deem safe come back as `StandIn`.
-
-    Raises:
-        UnsafeCheckpointError: the file asks to call a function.
-        ConversionError: the file is missing, damaged or something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConversionError(f"{path} is not a file.")
-    is_zip = zipfile.is_zipfile(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except MemoryError:
-        raise
-    except Exception:
-        # Either it holds more than tensors, or it is no checkpoint: the unpickler below finds out which.
-        pass
-    try:
-        return (_load_zip if is_zip else _load_legacy)(path)
-    except UnsafeCheckpointError as error:
-        raise UnsafeCheckpointError(
-            f"{path}: refused. While loading, this file would call `{error}`; nothing of it has run. Get the "
-            "checkpoint from its authors, or, if you trust the file, have its tensors saved alone (its state dict)."
-        ) from None
-    except ConversionError as error:
-        raise ConversionError(f"{path}: {error}.") from None
-    except MemoryError:
-        raise
-    except Exception as error:
-        with path.open("rb") as file:
-            start = file.read(512)
-        if start[257:262] == b"ustar":
-            raise ConversionError(f"{path} is a tar archive, not a checkpoint; unpack it first.") from None
-        raise ConversionError(
-            f"{path} is no PyTorch checkpoint, or a damaged one ({type(error).__name__}: {error}). Compare its size "
-            "with the original's and download it again."
-        ) from None
+    def _of_object(self, value: StandIn, depth: int) -> Any:
+        state = value.state
+        if isinstance(state, tuple) and len(state) == 2:  # of a class with __slots__
+            state = {name: entry for part in state if isinstance(part, Mapping) for name, entry in part.items()}
+        if isinstance(state, Mapping):
+            # The two kinds of omegaconf nodes; their other fields are types, flags and the way back to the parent.
+            for field in ("_content", "_val"):
+                if field in state:
+                    return self.plain(state[field], depth + 1)
+            return self.plain({**value.items, **state}, depth + 1)
+        if value.items:
+            return self.plain(value.items, depth + 1)
+        if value.entries:
+            return self.plain(value.entries, depth + 1)
+        if value.class_name.startswith("pathlib.") and all(isinstance(part, str) for part in value.args):
+            return os.path.join(*value.args) if value.args else "."
+        if value.class_name.endswith("Namespace"):
+            return {}
+        if len(value.args) == 1 and isinstance(value.args[0], (str, int, float)):
+            return value.args[0]  # an enum member is stored as its class and its value
+        return value
 
 
 def plain(value: Any) -> Any:
@@ -420,35 +568,11 @@ def plain(value: Any) -> Any:
 
     Namespaces, dataclasses and omegaconf containers become dicts and lists, enum members their values, numbers and
     strings themselves; what is none of these stays a `StandIn`.
+
+    Raises:
+        ConversionError: they are too many, too deep or contain themselves.
     """
-    if isinstance(value, Mapping):
-        return {plain(key) if isinstance(key, StandIn) else key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else value
-    if not isinstance(value, StandIn):
-        return value
-    state = value.state
-    if isinstance(state, tuple) and len(state) == 2:  # of a class with __slots__
-        state = {**(state[0] or {}), **(state[1] or {})}
-    if isinstance(state, Mapping):
-        # The two kinds of omegaconf nodes; their other fields are types, flags and the way back to the parent.
-        for field in ("_content", "_val"):
-            if field in state:
-                return plain(state[field])
-        return plain({**value.items, **state})
-    if value.items:
-        return plain(value.items)
-    if value.entries:
-        return plain(value.entries)
-    if value.class_name.startswith("pathlib."):
-        return os.path.join(*map(str, value.args)) if value.args else "."
-    if value.class_name.endswith("Namespace"):
-        return {}
-    if len(value.args) == 1 and isinstance(value.args[0], (str, int, float)):
-        return value.args[0]  # an enum member is stored as its class and its value
-    return value
+    return _Settings().plain(value)
 
 
-__all__ = ["StandIn", "plain", "read_checkpoint"]
+__all__ = ["LARGEST_PICKLE", "PickleReader", "StandIn", "Storage", "plain", "storage_description"]

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import tomllib
 import urllib.error
 import urllib.parse
@@ -26,14 +25,17 @@ from huggingface_hub.errors import (
 from tqdm import tqdm
 
 from spidr_hf.hub.card import CARDS
+from spidr_hf.system.messages import one_line, shown
 
-from .checkpoints import read_config
 from .errors import ConversionError
+from .text_files import parse_table, read_table
+from .unfinished import publish, unfinished
 
 MIRROR_VARIABLE = "SPIDR_HF_MIRROR"
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>.+))?")
 _DEFAULT_HUB_FILE = "final.pt"
+_LARGEST_BESIDE = 1_000_000
 
 
 @dataclass
@@ -120,10 +122,9 @@ def _config_beside(url: str) -> dict[str, Any] | None:
     beside = place._replace(path=place.path.rpartition("/")[0] + "/config.json").geturl()
     try:
         with urllib.request.urlopen(_request(beside), timeout=60) as response:
-            config = json.loads(response.read(1_000_000))
-    except (OSError, ValueError):
+            return parse_table(response.read(_LARGEST_BESIDE), beside)
+    except (OSError, ValueError, http.client.HTTPException):
         return None
-    return config if isinstance(config, dict) else None
 
 
 def _request(url: str, headers: dict[str, str] | None = None) -> urllib.request.Request:
@@ -141,7 +142,7 @@ def download(url: str, folder: Path | None = None) -> Path:
     name = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2]) or "checkpoint"
     path = folder / hashlib.sha256(url.encode()).hexdigest()[:16] / re.sub(r"[^\w.-]", "_", name)
     tags = path.with_name(path.name + ".tags.json")
-    stored = json.loads(tags.read_text()) if path.is_file() and tags.is_file() else {}
+    stored = _tags(tags) if path.is_file() else {}
     try:
         with urllib.request.urlopen(_request(url, stored), timeout=60) as response:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,13 +164,22 @@ def download(url: str, folder: Path | None = None) -> Path:
     return path
 
 
-def _save(response: Any, path: Path, name: str) -> None:
-    length = int(response.headers.get("Content-Length") or 0)
-    handle, partial = tempfile.mkstemp(prefix=name + ".", suffix=".part", dir=path.parent)
+def _tags(path: Path) -> dict[str, str]:
+    """What the server called the file when it was fetched; nothing where that is lost."""
     try:
+        stored = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return stored if isinstance(stored, dict) and all(isinstance(tag, str) for tag in stored.values()) else {}
+
+
+def _save(response: Any, path: Path, name: str) -> None:
+    announced = response.headers.get("Content-Length") or ""
+    length = int(announced) if announced.isdecimal() else 0
+    with unfinished(path) as partial:
         with (
-            os.fdopen(handle, "wb") as file,
-            tqdm(total=length or None, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar,
+            partial.open("wb") as file,
+            tqdm(total=length or None, unit="B", unit_scale=True, unit_divisor=1024, desc=shown(name)) as bar,
         ):
             while block := response.read(1 << 20):
                 file.write(block)
@@ -177,9 +187,8 @@ def _save(response: Any, path: Path, name: str) -> None:
             received = file.tell()
         if length and received != length:
             raise OSError(f"the connection broke after {received} of {length} bytes; start the command again")
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        publish(partial)
+        partial.rename(path)
 
 
 # ---- the Hub
@@ -197,7 +206,7 @@ def _from_hub(repo: str, file: str | None) -> Source:
     for depth in range(len(folders), -1, -1):  # beside the file, then in the folders above it
         found = _hub_file(repo, "/".join([*folders[:depth], "config.json"]))
         if found is not None:
-            config = read_config(found)
+            config = read_table(found)
             break
     card = None
     if file == _DEFAULT_HUB_FILE:
@@ -219,7 +228,7 @@ def _hub_file(repo: str, file: str) -> Path | None:
     except RepositoryNotFoundError:
         problem = "there is no such public repository (for a private one: `hf auth login`)"
     except (OSError, ValueError) as error:
-        problem = str(error).strip().splitlines()[0]
+        problem = one_line(error)
     raise ConversionError(f"{repo} does not exist here, and fetching {file} from the Hub failed: {problem}.")
 
 

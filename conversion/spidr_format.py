@@ -12,9 +12,10 @@ from torch import Tensor
 
 from spidr_hf import SpidrConfig
 from spidr_hf.hub.spidr_names import SPIDR_FIELDS, to_model_section, to_spidr_config
+from spidr_hf.system.messages import shown
 
 from .errors import ConversionError
-from .tensors import as_stored, check_tensors, expected_tensors
+from .tensors import as_stored, check_sizes, check_tensors, expected_tensors
 
 # Prefix (or whole name) in a SpidR file <-> in ours.
 _PREFIXES = (
@@ -63,7 +64,7 @@ def objective_of(raw: Mapping[str, Any] | None, objective: str | None = None) ->
     said = {where: value for where, value in said.items() if value is not None}
     for where, value in said.items():
         if value not in ("spidr", "dinosr"):
-            raise ConversionError(f"The objective must be 'spidr' or 'dinosr', but {where} says {value!r}.")
+            raise ConversionError(f"The objective must be 'spidr' or 'dinosr', but {where} says {shown(value)!r}.")
     if len(set(said.values())) > 1:
         contradiction = ", ".join(f"{where} says {value}" for where, value in said.items())
         raise ConversionError(f"The objective is contradictory: {contradiction}. Correct the one that is wrong.")
@@ -81,7 +82,7 @@ def model_section(raw: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if "model" in raw:
         if not isinstance(raw["model"], Mapping):
-            raise ConversionError(f"The configuration's `model` must be a table of fields, got {raw['model']!r}.")
+            raise ConversionError(f"The configuration's `model` must be a table of fields, got {shown(raw['model'])}.")
         return dict(raw["model"])
     return {name: value for name, value in raw.items() if name != "model_type"}
 
@@ -95,7 +96,9 @@ def config_from_spidr(fields: Mapping[str, Any], objective: str) -> SpidrConfig:
     names = {ours: theirs for theirs, ours in SPIDR_FIELDS.items()}
     names |= dict.fromkeys(("conv_dim", "conv_kernel", "conv_stride"), "extractor_conv_layer_config")
     with in_words_of_the_file(names):
-        return to_spidr_config(dict(fields), objective)
+        config = to_spidr_config(dict(fields), objective)
+        check_sizes(config)
+        return config
 
 
 @contextmanager
@@ -103,7 +106,7 @@ def in_words_of_the_file(names: Mapping[str, str]) -> Iterator[None]:
     """Turns a configuration's refusals into a `ConversionError` with the file's field names (`names`: ours -> its)."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever a wrong value makes of the code that reads it
         message = str(error)
         for ours, theirs in names.items():
             message = message.replace(f"`{ours}`", f"`{theirs}`")
@@ -165,6 +168,14 @@ def spidr_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:
             if "mask_embedding" in state or any(name.startswith(("student.", "teacher.")) for name in state):
                 return state
     return None
+
+
+def only_tensors(tensors: Mapping[str, Any], what: str) -> None:
+    """Refuses a state dict with anything else in it, by name."""
+    others = [shown(name) for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if others:
+        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+        raise ConversionError(f"{what} holds things among its tensors that are none: {', '.join(others[:8])}{more}.")
 
 
 def evident_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -237,18 +248,17 @@ def convert_spidr(
     if is_transformers_config(raw_config or {}):
         with in_words_of_the_file({}):
             config = SpidrConfig.from_dict({**(raw_config or {}), "objective": known_objective})
+            check_sizes(config)
     else:
         config = config_from_spidr(model_section(raw_config or {}), known_objective)
+    only_tensors(tensors, what)
     differences = contradictions(tensors, config)
     if raw_config is None and differences:
-        lines = "\n  ".join(difference.replace("in the configuration", "by default") for difference in differences)
+        listed = "; ".join(difference.replace("in the configuration", "by default") for difference in differences)
         raise ConversionError(
-            f"There is no config.json beside {what}, and its tensors are not those of SpidR's default sizes:\n"
-            f"  {lines}\nGive the model's configuration with --config FILE.json."
+            f"There is no config.json beside {what}, and its tensors are not those of SpidR's default sizes: {listed}. "
+            "Give the model's configuration with --config FILE.json."
         )
-    others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if others:
-        raise ConversionError(f"{what} holds things among its tensors that are none: {', '.join(map(repr, others))}.")
     reference = expected_tensors(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in to_spidr(reference).items()}
     hints = ["The configuration is that of another model: " + "; ".join(differences) + "."] if differences else []
@@ -267,6 +277,7 @@ __all__ = [
     "in_words_of_the_file",
     "model_section",
     "objective_of",
+    "only_tensors",
     "spidr_state_dict",
     "to_spidr",
 ]

@@ -21,8 +21,9 @@ import pytest
 import torch
 
 from spidr_hf.conversion import convert_checkpoint
+from spidr_hf.conversion.checkpoint_file import read_checkpoint
 from spidr_hf.conversion.errors import ConversionError, UnsafeCheckpointError
-from spidr_hf.conversion.safe_pickle import StandIn, plain, read_checkpoint
+from spidr_hf.conversion.safe_pickle import StandIn, plain
 from spidr_hf.conversion.tensors import same_bits
 
 PARITY = Path(__file__).parents[1] / "fixtures" / "parity"

@@ -1,0 +1,154 @@
+"""A full disk and a kill at any moment leave nothing that stays: not a byte of the target, and no temporary files."""
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from spidr_hf.conversion import convert_checkpoint, export_checkpoint
+from spidr_hf.conversion.unfinished import remove_abandoned, unfinished
+
+TINY = Path(__file__).parents[1] / "fixtures" / "parity" / "spidr-tiny" / "checkpoint.pt"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder to export."""
+    path = tmp_path_factory.mktemp("model") / "model"
+    convert_checkpoint.convert(str(TINY), str(path))
+    return path
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file may become larger than `size` bytes; writing more fails as on a full disk, with another number."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def killed(work: Callable[[], object]) -> None:
+    """Does `work` in a copy of this process, which has to end by SIGKILL."""
+    child = os.fork()
+    if not child:
+        work()
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def kill_this_process(*_args: object, **_options: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 500, 20_000, 1_000_000])
+def test_a_full_disk_while_converting(size: int, tmp_path: Path, capsys) -> None:
+    arguments = [str(TINY), str(tmp_path / "a" / "b")]
+    with room_for(size):
+        assert convert_checkpoint.main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / 'a'}") and "cannot be written" in error
+    assert names(tmp_path) == []
+    assert convert_checkpoint.main(arguments) == 0
+
+
+@pytest.mark.parametrize("size", [0, 500, 20_000, 1_000_000])
+def test_a_full_disk_while_exporting(size: int, folder: Path, tmp_path: Path, capsys) -> None:
+    arguments = [str(folder), str(tmp_path / "a" / "b.pt")]
+    with room_for(size):
+        assert export_checkpoint.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'a' / 'b.pt'} cannot be written") and error.count("\n") == 1
+    assert names(tmp_path) == []
+    assert export_checkpoint.main(arguments) == 0
+    assert names(tmp_path / "a") == ["b.pt", "config.json"]
+
+
+def test_a_killed_conversion_is_tidied_up_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(convert_checkpoint, "converted_card", kill_this_process)
+        killed(lambda: convert_checkpoint.convert(str(TINY), str(tmp_path / "o")))
+    (left,) = tmp_path.iterdir()
+    assert (left / "model.safetensors").exists()
+    convert_checkpoint.convert(str(TINY), str(tmp_path / "other"))
+    assert names(tmp_path) == [left.name, "other"]  # of another target
+    convert_checkpoint.convert(str(TINY), str(tmp_path / "o"))
+    assert names(tmp_path) == ["o", "other"]
+
+
+def test_a_refused_start_tidies_up_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(convert_checkpoint, "converted_card", kill_this_process)
+        killed(lambda: convert_checkpoint.convert(str(TINY), str(tmp_path / "o")))
+    assert convert_checkpoint.main([str(tmp_path / "absent.pt"), str(tmp_path / "o")]) == 1
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("moment", ["to_spidr", "publish"])
+def test_a_killed_export_is_tidied_up_by_the_next(
+    moment: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(export_checkpoint, moment, kill_this_process)
+        killed(lambda: export_checkpoint.export(folder, tmp_path / "x.pt"))
+    assert len(names(tmp_path)) == 2 and all(name.endswith(".partial") for name in names(tmp_path))
+    export_checkpoint.export(folder, tmp_path / "x.pt")
+    assert names(tmp_path) == ["config.json", "x.pt"]
+
+
+def test_a_killed_export_between_its_two_files_goes_on(folder: Path, tmp_path: Path) -> None:
+    export_checkpoint.export(folder, tmp_path / "x.pt")
+    whole = (tmp_path / "x.pt").read_bytes()
+    (tmp_path / "x.pt").unlink()
+    export_checkpoint.export(folder, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_what_a_living_process_writes_stays(kind: bool, tmp_path: Path) -> None:
+    target = tmp_path / "o"
+    ready, go_on = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        with unfinished(target, folder=kind):
+            os.write(ready[1], b"x")
+            os.read(go_on[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    (left,) = tmp_path.iterdir()
+    remove_abandoned(target)
+    with unfinished(target, folder=kind) as other:
+        assert left.exists() and other != left
+    assert left.exists()
+    os.write(go_on[1], b"x")
+    assert os.waitpid(child, 0)[1] == 0
+    assert names(tmp_path) == []
+
+
+def test_only_what_is_certainly_ours_is_removed(tmp_path: Path) -> None:
+    others = [".o.pt.abcdefgh.partial", ".oo.abcdefgh.partial", ".o.partial"]
+    others += ["o.abcdefgh.partial", ".o.abcdefgh.partial.txt"]
+    for name in others:
+        (tmp_path / name).write_text("keep")
+    (tmp_path / ".o.linked_1.partial").symlink_to(tmp_path / others[0])
+    (tmp_path / ".o.abcdefgh.partial").mkdir()
+    remove_abandoned(tmp_path / "o")
+    assert names(tmp_path) == sorted([*others, ".o.linked_1.partial"])
+
+
+@pytest.mark.parametrize("name", ["n" * 237, "n" * 255, "ü" * 127])
+def test_long_names(name: str, folder: Path, tmp_path: Path) -> None:
+    convert_checkpoint.convert(str(TINY), str(tmp_path / name))
+    assert load_file(tmp_path / name / "model.safetensors")
+    export_checkpoint.export(folder, tmp_path / "out" / name)
+    assert names(tmp_path / "out") == sorted(["config.json", name])
