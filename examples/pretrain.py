@@ -55,11 +55,12 @@ from transformers.utils import logging as transformers_logging
 
 from spidr_hf.conversion.errors import ConversionError
 from spidr_hf.data.batches import dropout_seed
+from spidr_hf.data.open import open_source
 from spidr_hf.kernels_spidr import use_kernels
 from spidr_hf.pretraining.config import PretrainingConfig, describe_fields, load_config
 from spidr_hf.pretraining.dry_run import dry_run
-from spidr_hf.pretraining.feeds import make_feed, open_source
 from spidr_hf.pretraining.hub_push import HubPush
+from spidr_hf.pretraining.loaders import make_data_loader
 from spidr_hf.pretraining.reporter import Reporter
 from spidr_hf.pretraining.setup import (
     autocast,
@@ -171,10 +172,10 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
 
     # ---- batches, and what is reported
     layout = {"rank": accelerator.process_index, "world_size": world_size, "accumulation": accumulation}
-    feed = make_feed(source, config, model.config, state, pin_memory=device.type == "cuda", **layout)
-    notes += [origin, *feed.notes, f"{feed}; {world_size} process{'es' * (world_size > 1)} on {device.type}"]
+    loader = make_data_loader(source, config, model.config, state, pin_memory=device.type == "cuda", **layout)
+    notes += [origin, *loader.notes, f"{loader}; {world_size} process{'es' * (world_size > 1)} on {device.type}"]
     reporter = Reporter(output_dir, config, accelerator, state, notes)
-    reporter.skipped.add(*feed.scanned)
+    reporter.skipped.add(*loader.scanned)
     loss_scale = LossScale(config.optimizer.dtype == "float16", state.loss_scale)
     precision, move = autocast(config, device), BatchMover(device)
     updates = Updates(model, optimizer, state, loss_scale, reporter, config.run.max_nonfinite_steps)
@@ -184,7 +185,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
         hub = HubPush(config.run.push_to_hub, config, output_dir)
         checkpoints.on_written = hub.checkpoint
     validation = start_validation(config, output_dir, accelerator, state.step)
-    batches = iter(feed) if state.step < max_steps else None
+    batches = iter(loader) if state.step < max_steps else None
 
     if validation is not None:
         reporter.pause(validation(state.step, model, reporter.say))
@@ -194,15 +195,13 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        turns = []
-        for turn in range(accumulation):
+        micro_batches = []
+        for number in range(accumulation):
             batch = next(batches)
-            turns.append(batch)
-            if batch.failure:
-                raise AudioError(batch.failure)
+            micro_batches.append(batch)
             # Named after the batch, the random numbers of dropout need not be saved and belong to no process.
             torch.manual_seed(dropout_seed(config.run.random_seed, batch.key))
-            with gradient_sync(distributed, turn == accumulation - 1):
+            with gradient_sync(distributed, number == accumulation - 1):
                 with precision:
                     output = distributed(**move(batch).inputs)
                 # A sum over frames: how many there are, only the whole update knows.
@@ -211,7 +210,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
         statistics = model.reduce_statistics()
         gradient_scale = world_size / (statistics.num_masked_frames * loss_scale.value)
         grad_norm = scale_and_clip(parameters, gradient_scale, config.optimizer.max_norm)
-        updates.make(step, turns, lr, statistics, grad_norm)
+        updates.make(step, micro_batches, lr, statistics, grad_norm)
         if step == model.config.freeze_step:
             model.freeze_feature_encoder()
             drop_frozen(optimizer)
@@ -226,7 +225,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
         if step % config.run.save_interval == 0 or step == max_steps or stopping:
             updates.settle()
             reporter.save_into(state)
-            state.stream = feed.state()
+            state.stream = loader.state()
             state.loss_scale, state.world_size, state.accumulation = loss_scale.state(), world_size, accumulation
             checkpoints.save(state, model, optimizer)
         checkpoints.check()
@@ -242,7 +241,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
     if is_main:
         checkpoints.wait()
         if trained is not None:
-            summary = f"Pretrained for {state.step} updates on {feed.amount}."
+            summary = f"Pretrained for {state.step} updates on {loader.amount}."
             save_final(trained, output_dir / "final", config, summary)
             reporter.say(f"Done: {output_dir / 'final'}")
         else:

@@ -1,7 +1,7 @@
-"""What every kind of audio source offers."""
+"""What every kind of audio source offers: of utterances that are known beforehand, or of streamed ones."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,4 +39,38 @@ class AudioSource(Protocol):
         ...
 
 
-__all__ = ["AudioSource", "Skipped"]
+@runtime_checkable
+class StreamedSource(Protocol):
+    """Utterances in shards (files, mostly), read in the order they come: how many there are and how long they are
+    shows while they are read. Pretraining alone takes it (`streaming`).
+
+    `name` is what messages call it; `resample`: audio of any rate and number of channels is taken. `fingerprint` tells
+    one data set from another, so that a run does not resume in the wrong one.
+    """
+
+    name: str
+    resample: bool
+    num_shards: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def rows(
+        self, shard: int, state: dict[str, Any] | None = None
+    ) -> Iterator[tuple[Any, Callable[[], dict[str, Any]]]]:
+        """Rows of a shard, each with what tells the state after it; from such a state on (JSON's types), where given.
+
+        Whatever it raises ends the stream, with a line that says so.
+        """
+        ...
+
+    def row_name(self, row: Any) -> str:
+        """What the row says that its utterance is called; empty where it does not."""
+        ...
+
+    def stored(self, row: Any, name: str) -> bytes | str:
+        """Audio as it is stored: the content of a file, or its path. Raises `AudioError`, naming it, without any."""
+        ...
+
+
+__all__ = ["AudioSource", "Skipped", "StreamedSource"]

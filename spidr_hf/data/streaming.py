@@ -9,11 +9,11 @@ A stream reads a block of `shuffle_buffer` utterances as they are stored, learns
 shuffled batches of similar length (as `BucketSampler` does of a whole epoch), and decodes them; meanwhile it reads the
 block after it. Where a stream stands is the place where its block begins (which `datasets` finds again without reading
 what lies before it in other shards) and the number of batches made of it. So a run that was stopped reads its blocks
-once more and goes on at the very next batch.
+once more and continues at the very next batch.
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from .audio import read_audio, read_info
 from .batches import Batch, BatchBuilder, empty_batch, too_short
 from .batching import BatchKey, Position, length_buckets, shuffled_batches
 from .datasets_source import audio_column, load_dataset, row_name, stored_audio
-from .sources import Skipped
+from .sources import Skipped, StreamedSource
 
 # What the numbers of a stream are drawn for; part of their seeds.
 _DEAL, _ORDER, _BLOCK = range(3)
@@ -45,7 +45,7 @@ class StreamingSource:
         resample: take audio of any rate and number of channels.
         name: what error messages call it.
 
-    Raises `ManifestError` where there is no audio column, and for a data set that cannot go on where it stopped.
+    Raises `ManifestError` where there is no audio column, and for a data set that cannot continue where it stopped.
     """
 
     skipped: tuple[Skipped, ...] = ()
@@ -73,6 +73,14 @@ class StreamingSource:
         text = f"{self.name} {sorted(self.dataset.features)}"
         return f"stream-{self.num_shards}-{zlib.crc32(text.encode()):08x}"
 
+    def row_name(self, row: dict[str, Any]) -> str:
+        """What a row says that its utterance is called; empty where it does not."""
+        return row_name(row, self.column)
+
+    def stored(self, row: dict[str, Any], name: str) -> bytes | str:
+        """Audio as it is stored. Raises `AudioError` where there is none in the row."""
+        return stored_audio(row[self.column], name)
+
     def rows(
         self, shard: int, state: dict[str, Any] | None = None
     ) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
@@ -83,6 +91,11 @@ class StreamingSource:
         # `iter` of the data set itself would, in a worker process, give each worker a part of this part.
         for row in part.iter(batch_size=1):
             yield {column: values[0] for column, values in row.items()}, part.state_dict
+
+
+def can_stream(data: str | Path) -> bool:
+    """Whether DATA may be a data set; manifests and tars are read where they lie."""
+    return Path(str(data)).suffix not in (".csv", ".jsonl", ".tsv", ".tar")
 
 
 def open_stream(data: str | Path, *, resample: bool = False) -> StreamingSource:
@@ -96,7 +109,7 @@ class Place:
 
     Attributes:
         epoch: of this stream, counted from 0.
-        turn: how many of the epoch's shards are behind, when the block begins.
+        shards: how many of the epoch's shards are behind, when the block begins.
         row: rows read from the shard after them.
         shard_state: the same, as `datasets` notes it.
         batches: batches that the stream made before this block.
@@ -104,11 +117,16 @@ class Place:
     """
 
     epoch: int = 0
-    turn: int = 0
+    shards: int = 0
     row: int = 0
     shard_state: dict[str, Any] | None = None
     batches: int = 0
     done: int = 0
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> "Place":
+        """The place that a checkpoint holds, also of versions that had `shards` under another name."""
+        return cls(**{"shards" if name == "turn" else name: value for name, value in saved.items()})
 
 
 @dataclass
@@ -141,11 +159,11 @@ class Stream:
         source: the shards.
         builder: makes batches of waveforms.
         index, count: this stream, and how many there are on all processes.
-        place: where to go on.
+        place: where to resume.
     """
 
     def __init__(
-        self, source: StreamingSource, builder: BatchBuilder, index: int, count: int, place: Place | None = None
+        self, source: StreamedSource, builder: BatchBuilder, index: int, count: int, place: Place | None = None
     ):
         self.source, self.builder, self.data = source, builder, builder.data
         self.index, self.count = index, count
@@ -207,7 +225,7 @@ class Stream:
         lengths = np.minimum(np.array(block.lengths), data.max_sample_size)
         lowest = self.builder.min_samples
         buckets = length_buckets(lengths, data.bucket_method, data.num_buckets, lowest, data.max_sample_size)
-        rng = np.random.default_rng([data.random_seed, _BLOCK, self.index, begin.epoch, begin.turn, begin.row])
+        rng = np.random.default_rng([data.random_seed, _BLOCK, self.index, begin.epoch, begin.shards, begin.row])
         order, bounds, shuffled = shuffled_batches(lengths, buckets, data.max_batch_length, data.enable_padding, rng)
         return [order[bounds[i] : bounds[i + 1]] for i in shuffled]
 
@@ -229,14 +247,14 @@ class Stream:
     def _blocks(self) -> Iterator[Block]:
         """What is read, block by block, epoch after epoch."""
         place = self.place
-        epoch, turn, row, state = place.epoch, place.turn, place.row, place.shard_state
+        epoch, shards, row, state = place.epoch, place.shards, place.row, place.shard_state
         while True:
-            block = Block(Place(epoch, turn, row, state))
+            block = Block(Place(epoch, shards, row, state))
             stored = 0
             order = np.random.default_rng([self.data.random_seed, _ORDER, self.index, epoch]).permutation(self.shards)
             try:
-                while turn < len(order):
-                    shard = int(order[turn])
+                while shards < len(order):
+                    shard = int(order[shards])
                     for example, state_after in self.source.rows(shard, state):
                         number, row = row, row + 1
                         if number % self.parts != self.part:
@@ -244,22 +262,22 @@ class Stream:
                         stored += self._take(block, example, shard, number)
                         if len(block.lengths) >= self.data.shuffle_buffer or stored >= _BLOCK_BYTES:
                             yield block
-                            block, stored = Block(Place(epoch, turn, row, state_after())), 0
-                    turn, row, state = turn + 1, 0, None
+                            block, stored = Block(Place(epoch, shards, row, state_after())), 0
+                    shards, row, state = shards + 1, 0, None
             except Exception as error:  # a data set's readers and the network raise whatever they raise
                 reason = (str(error).strip().splitlines() or [repr(error)])[0]
                 block.failure = (
-                    f"{self.source.name}: the stream broke off ({reason}). The same command goes on from the newest "
+                    f"{self.source.name}: the stream broke off ({reason}). The same command resumes from the newest "
                     "checkpoint."
                 )
             yield block
-            epoch, turn = epoch + 1, 0
+            epoch, shards = epoch + 1, 0
 
-    def _take(self, block: Block, example: dict[str, Any], shard: int, row: int) -> int:
-        """Add a row of the data set to a block; returns how many bytes it keeps in memory."""
-        name = f"{self.source.name}, {row_name(example, self.source.column) or f'shard {shard}, row {row}'}"
+    def _take(self, block: Block, example: Any, shard: int, row: int) -> int:
+        """Add a row of a shard to a block; returns how many bytes it keeps in memory."""
+        name = f"{self.source.name}, {self.source.row_name(example) or f'shard {shard}, row {row}'}"
         try:
-            audio = stored_audio(example[self.source.column], name)
+            audio = self.source.stored(example, name)
             length = read_info(audio, name=name, resample=self.source.resample).num_samples_16k
         except AudioError as error:
             block.skipped.append(Skipped(name, str(error)))
@@ -275,7 +293,7 @@ class Stream:
 
 
 class StreamedBatches(torch.utils.data.IterableDataset):
-    """Batches of one process's streams: as many as its data loader has workers, which take turns.
+    """Batches of one process's streams: as many as its data loader has workers, asked one after the other.
 
     Args:
         source: the shards.
@@ -287,7 +305,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
 
     def __init__(
         self,
-        source: StreamingSource,
+        source: StreamedSource,
         builder: BatchBuilder,
         *,
         rank: int = 0,
@@ -304,11 +322,11 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         info = torch.utils.data.get_worker_info()
         if info is not None:
             fsspec.asyn.reset_lock()  # locks of the process that this one was forked from
-        # The loader asks its workers in turn, beginning with the first: that is the stream whose turn it is.
+        # The loader asks its workers one after the other, beginning with the first: it is that stream's number.
         own = ((info.id if info else 0) + self.taken) % self.workers
         place = self.places[own]
         index, count = self.rank * self.workers + own, self.world_size * self.workers
-        return iter(Stream(self.source, self.builder, index, count, place and Place(**place)))  # type: ignore[arg-type]
+        return iter(Stream(self.source, self.builder, index, count, place and Place.of(place)))
 
 
-__all__ = ["Block", "Place", "Stream", "StreamedBatches", "StreamingSource", "open_stream"]
+__all__ = ["Block", "Place", "Stream", "StreamedBatches", "StreamingSource", "can_stream", "open_stream"]

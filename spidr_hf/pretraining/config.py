@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration_spidr import OBJECTIVES, SpidrConfig
+from ..data.open import is_streamable
 from ..data.sections import DataSection, MaskingSection
 from ..hub.spidr_names import MODEL_SECTION_FIELDS, SPIDR_FIELDS, SPIDR_ONLY_FIELDS, to_model_section, to_spidr_config
 from ..system.errors import ConfigError
@@ -329,7 +330,7 @@ def _check_sources(name: str, data: DataSection) -> None:
     count = len(data.manifest) if isinstance(data.manifest, list) else None
     if count is not None and name != "data":
         raise ConfigError(f"`{name}.manifest` takes one source. Give each a section of its own.")
-    if data.streaming and (count is not None or Path(str(data.manifest)).suffix in (".csv", ".jsonl", ".tsv", ".tar")):
+    if data.streaming and not is_streamable(data.manifest):  # type: ignore[arg-type]  # there is one
         raise ConfigError(
             f"`{name}.streaming` takes one data set, name:config:split, in `{name}.manifest`. Manifests and tars are "
             "read where they lie, without it."

@@ -25,6 +25,7 @@ from ..configuration_spidr import SAMPLING_RATE, SpidrConfig, frame_lengths
 from ..data.batches import Batch, PretrainingBatches, SkippedFiles, make_sampler
 from ..data.batching import BatchKey, BucketSampler, Position
 from ..data.masking import masked_frames
+from ..data.open import open_source
 from ..data.sources import AudioSource
 from ..kernels_spidr import kernels_run, use_kernels
 from ..modeling_spidr import SpidrForPretraining
@@ -34,7 +35,7 @@ from ..training.checkpoints import Checkpoint, Checkpoints
 from ..training.optimizing import scale_and_clip
 from ..training.sharding import distribute, gradient_sync, shard, sharding_plugin
 from .config import PretrainingConfig
-from .feeds import open_source, unusable
+from .loaders import unusable
 from .memory import MASKED_SHARE, parameter_counts, training_memory
 from .setup import autocast, exclude_parameters, make_accelerator, make_optimizer, small_batch_note
 from .start import config_changes, make_model

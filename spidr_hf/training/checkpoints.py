@@ -45,7 +45,7 @@ class TrainerState:
         metrics: sums since the last row of metrics.jsonl.
         collapse: state of `pretraining.CollapseWatch`.
         nonfinite_in_a_row, skipped_steps: updates skipped for a non-finite loss or gradient, in a row and in all.
-        stream: where streamed audio stands (`feeds.StreamFeed`).
+        stream: where streamed audio stands (`loaders.StreamLoader`).
     """
 
     step: int = 0

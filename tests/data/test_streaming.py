@@ -14,10 +14,11 @@ import torch
 from tiny import tiny_config
 
 from spidr_hf.data.batches import BatchBuilder
+from spidr_hf.data.open import open_source
 from spidr_hf.data.sections import DataSection
 from spidr_hf.data.streaming import Stream, StreamedBatches, StreamingSource, open_stream
 from spidr_hf.pretraining.config import PretrainingConfig, make_config
-from spidr_hf.pretraining.feeds import make_feed, open_source
+from spidr_hf.pretraining.loaders import make_data_loader
 from spidr_hf.system.errors import BatchingError, ConfigError, ManifestError
 from spidr_hf.training.checkpoints import TrainerState
 
@@ -66,8 +67,10 @@ def config(folder, **options) -> PretrainingConfig:
     return PretrainingConfig(data=DataSection(**{**defaults, **options}))
 
 
-def feed(settings, state=None, **layout):
-    return make_feed(open_source(settings.data, progress=False), settings, MODEL, state or TrainerState(), **layout)
+def loader(settings, state=None, **layout):
+    return make_data_loader(
+        open_source(settings.data, progress=False), settings, MODEL, state or TrainerState(), **layout
+    )
 
 
 def streams(settings, count: int) -> list[Stream]:
@@ -144,7 +147,7 @@ def test_resuming_goes_on_at_the_very_next_batch(folder, saved, kind, world_size
     settings = config(folder if kind == "parquet" else saved, num_workers=workers)
     for rank in range(world_size):
         whole, states = [], []
-        running = feed(settings, rank=rank, world_size=world_size)
+        running = loader(settings, rank=rank, world_size=world_size)
         for batch in islice(running, 30):
             whole.append(batch)
             own = {"taken": running._taken, "places": list(running._places)}
@@ -152,25 +155,25 @@ def test_resuming_goes_on_at_the_very_next_batch(folder, saved, kind, world_size
         assert max(batch.key.epoch for batch in whole) >= 1
         for taken in (1, 2, 3, 5, 7, 12, 17, 25) if workers == 0 else (4, 11):
             state = TrainerState(stream=json.loads(states[taken - 1]))
-            rest = list(islice(feed(settings, state, rank=rank, world_size=world_size), 5))
+            rest = list(islice(loader(settings, state, rank=rank, world_size=world_size), 5))
             assert_same(rest, whole[taken : taken + 5])
 
 
 def test_one_worker_is_no_worker(folder):
     assert_same(
-        list(islice(feed(config(folder, num_workers=1)), 12)), list(islice(feed(config(folder, num_workers=0)), 12))
+        list(islice(loader(config(folder, num_workers=1)), 12)), list(islice(loader(config(folder, num_workers=0)), 12))
     )
 
 
 def test_another_layout_is_refused(folder):
-    state = feed(config(folder)).state()
+    state = loader(config(folder)).state()
     trained = TrainerState(stream=json.loads(json.dumps(state)))
     for settings, layout in ((config(folder), {"world_size": 2}), (config(folder, num_workers=3), {})):
-        with pytest.raises(BatchingError, match="streams its audio with 1 processes of 1 workers and cannot go on"):
-            feed(settings, trained, **layout)
+        with pytest.raises(BatchingError, match="streams its audio with 1 processes of 1 workers and cannot resume"):
+            loader(settings, trained, **layout)
     # Other audio begins at its beginning.
     trained.stream["data"] = "other"
-    assert feed(config(folder, num_workers=3), trained)._taken == 0
+    assert loader(config(folder, num_workers=3), trained)._taken == 0
 
 
 def test_what_cannot_be_used_is_skipped_and_named(tmp_path):

@@ -78,7 +78,7 @@ def test_a_streamed_run_of_two_processes_goes_on_where_it_stopped(audio, stored,
     finish(launch(config, tmp_path / "cut", *options, processes=2))
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     refused = finish(launch(config, tmp_path / "cut", *options, "--optimizer.max_steps=15"), code=1)
-    assert "streams its audio with 2 processes of 1 workers and cannot go on with 1 of 1" in refused
+    assert "streams its audio with 2 processes of 1 workers and cannot resume with 1 of 1" in refused
 
 
 def test_from_a_stream_to_its_download_and_back(pretrain, stored, capsys):

@@ -58,16 +58,20 @@ def run(late: bool, poisoned: set[int], *, max_nonfinite: int = 10, steps: int =
     result = SimpleNamespace(model=model, optimizer=optimizer, state=state, report=report, updates=updates)
     move = BatchMover(DEVICE)
     for step in range(1, steps + 1):
-        turns = [batch(2 * step), batch(2 * step + 1)]
-        for turn in turns:
-            output = model(**move(turn).inputs)
+        micro_batches = [batch(2 * step), batch(2 * step + 1)]
+        for micro_batch in micro_batches:
+            output = model(**move(micro_batch).inputs)
             (output.loss * output.num_masked_frames).backward()
         statistics = model.reduce_statistics()
         if step in poisoned:
             model.heads.bias.grad[0, 0] = math.nan
             model._statistics.sums.fill_(math.nan)
         updates.make(
-            step, turns, 0.1 * step, statistics, scale_and_clip(parameters, 1 / statistics.num_masked_frames, 10.0)
+            step,
+            micro_batches,
+            0.1 * step,
+            statistics,
+            scale_and_clip(parameters, 1 / statistics.num_masked_frames, 10.0),
         )
         if step == model.config.freeze_step:
             model.freeze_feature_encoder()  # as the loop does, for updates that were skipped

@@ -1,11 +1,10 @@
 """What a pretraining loop takes its batches from: a sampler over known utterances, or streams.
 
-Both kinds of feed are iterated for this process's batches, without end; `state` is what a checkpoint needs beside the
-position that each batch's key carries.
+Both kinds of loader are iterated for this process's batches, without end (`AudioError` where there is no audio left to
+make one of); `state` is what a checkpoint needs beside the position that each batch's key carries.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,16 @@ from ..configuration_spidr import SpidrConfig
 from ..data.batches import Batch, BatchBuilder, PretrainingBatches, make_loader, make_sampler, min_samples, too_short
 from ..data.batching import Position
 from ..data.mixture import MixedSource
-from ..data.open import open_data
 from ..data.sections import DataSection
-from ..data.sources import AudioSource, Skipped
-from ..data.streaming import StreamedBatches, StreamingSource, open_stream
-from ..system.errors import BatchingError
+from ..data.sources import AudioSource, Skipped, StreamedSource
+from ..data.streaming import StreamedBatches
+from ..system.errors import AudioError, BatchingError
 from ..system.processes import gather_all
 from ..training.checkpoints import TrainerState
 from .config import PretrainingConfig
 
 
-class EpochFeed:
+class EpochLoader:
     """Batches of utterances whose lengths are known: see `batching`.
 
     Args:
@@ -60,7 +58,7 @@ class EpochFeed:
         self.amount = f"{self.sampler.hours:.1f} h of audio"
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        return map(_usable, self._loader)
 
     def __str__(self) -> str:
         return str(self.sampler)
@@ -70,15 +68,15 @@ class EpochFeed:
         return {}
 
 
-class StreamFeed:
-    """Batches of streamed audio: see `streaming`. The arguments are those of `EpochFeed`.
+class StreamLoader:
+    """Batches of streamed audio: see `streaming`. The arguments are those of `EpochLoader`.
 
     Raises `BatchingError` where the run stood in other streams: with another number of processes or workers.
     """
 
     def __init__(
         self,
-        source: StreamingSource,
+        source: StreamedSource,
         config: PretrainingConfig,
         model: SpidrConfig,
         state: TrainerState,
@@ -94,7 +92,7 @@ class StreamFeed:
         processes, workers = len(before.get("ranks", ())), before.get("workers")
         if before and (processes, workers) != (world_size, self._workers):
             raise BatchingError(
-                f"This run streams its audio with {processes} processes of {workers} workers and cannot go on with "
+                f"This run streams its audio with {processes} processes of {workers} workers and cannot resume with "
                 f"{world_size} of {self._workers}: the order of the utterances depends on them. Start it as it was "
                 "(`data.num_workers` sets the workers), or begin another run from its weights (`run.init_ckpt`)."
             )
@@ -118,7 +116,7 @@ class StreamFeed:
             if batch.place is not None:
                 self._places[self._taken % self._workers] = batch.place
                 self._taken += 1
-            yield batch
+            yield _usable(batch)
 
     def __str__(self) -> str:
         return f"{self._source.name}: streamed, {self._source.num_shards} shards, {self._streams} streams"
@@ -129,19 +127,6 @@ class StreamFeed:
         return {"data": self._source.fingerprint, "workers": self._workers, "ranks": ranks}
 
 
-def open_source(data: DataSection, *, cache: str | Path | None = None, progress: bool = True) -> Any:
-    """What `[data]` names: an `AudioSource`, or a `StreamingSource`."""
-    if data.streaming:
-        return open_stream(str(data.manifest), resample=data.resample)
-    return open_data(
-        data.manifest,  # type: ignore[arg-type]  # the config has seen to it that there is one
-        weights=data.weights,
-        resample=data.resample,
-        cache=cache,
-        progress=progress,
-    )
-
-
 def unusable(source: AudioSource, data: DataSection, model: SpidrConfig) -> tuple[list[Skipped], int]:
     """What a run leaves out before any batch, unreadable or too short; and of how many utterances."""
     lengths, lowest = np.asarray(source.num_samples), max(data.min_sample_size, min_samples(model))
@@ -149,9 +134,17 @@ def unusable(source: AudioSource, data: DataSection, model: SpidrConfig) -> tupl
     return [*source.skipped, *short], len(source) + len(source.skipped)
 
 
-def make_feed(source: Any, *arguments: Any, **options: Any) -> EpochFeed | StreamFeed:
-    """The feed that fits the source."""
-    return (StreamFeed if isinstance(source, StreamingSource) else EpochFeed)(source, *arguments, **options)
+def make_data_loader(
+    source: AudioSource | StreamedSource, *arguments: Any, **options: Any
+) -> EpochLoader | StreamLoader:
+    """The loader that fits the source."""
+    return (StreamLoader if isinstance(source, StreamedSource) else EpochLoader)(source, *arguments, **options)
 
 
-__all__ = ["EpochFeed", "StreamFeed", "make_feed", "open_source", "unusable"]
+def _usable(batch: Batch) -> Batch:
+    if batch.failure:
+        raise AudioError(batch.failure)
+    return batch
+
+
+__all__ = ["EpochLoader", "StreamLoader", "make_data_loader", "unusable"]
