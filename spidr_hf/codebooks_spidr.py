@@ -4,7 +4,7 @@ All codebooks are stacked (K x V x H), so that K labels, counts and losses are o
 and averages are float32 whatever the autocast or the dtype of the model: rounding moves labels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -123,6 +123,8 @@ class SpidrTrainingStatistics:
         target_ppl, pred_ppl: perplexity of the assigned and of the predicted codewords, averaged over codebooks.
         num_masked_frames: number of masked frames.
         active_codewords: K, codewords that were assigned at least once.
+
+    A field that is added here is reported as the others are (`metrics`).
     """
 
     loss: Tensor
@@ -131,6 +133,11 @@ class SpidrTrainingStatistics:
     pred_ppl: Tensor
     num_masked_frames: Tensor
     active_codewords: Tensor
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What a run reports, by name: scalars, or one value per codebook."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_masked_frames"}
 
 
 class StatisticsBuffer:

@@ -51,7 +51,7 @@ class Loop:
         reporter = SimpleNamespace(
             batch=lambda batch: None,
             say=lambda line: None,
-            update=lambda step, epoch, result, lr, decay: self.reported.append((step, result and result.loss)),
+            update=lambda step, epoch, result, lr, decay: self.reported.append((step, result.loss)),
         )
         state, scale = TrainerState(data="x"), LossScale(False)
         self.updates = Updates(model, self.optimizer, state, scale, reporter, 10, late=late)

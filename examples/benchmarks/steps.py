@@ -17,8 +17,8 @@ from spidr_hf.data.batches import Batch
 from spidr_hf.data.batching import BatchKey, Position
 from spidr_hf.kernels_spidr import use_kernels
 from spidr_hf.modeling_spidr import SpidrForPretraining
-from spidr_hf.pretraining.setup import StepResult, compile_layers, make_optimizer
-from spidr_hf.pretraining.updates import Updates
+from spidr_hf.pretraining.setup import compile_layers, make_optimizer
+from spidr_hf.pretraining.updates import StepResult, Updates
 from spidr_hf.training.checkpoints import TrainerState
 from spidr_hf.training.optimizing import LossScale, scale_and_clip
 from spidr_hf.training.schedules import OptimizerSection
@@ -64,7 +64,7 @@ class _Silent:
     def batch(self, batch: Batch) -> None:
         pass
 
-    def update(self, step: int, epoch: int, result: StepResult | None, lr: float, decay: float) -> None:
+    def update(self, step: int, epoch: int, result: StepResult, lr: float, decay: float) -> None:
         pass
 
     def say(self, message: str | None) -> None:

@@ -21,6 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
 INK, FAINT = "#26303a", "#8a949e"
+# Columns of metrics.jsonl that have their place in the picture, or need none. Every other has a panel of its own.
+_DRAWN = {"step", "epoch", "loss", "layer_losses", "target_ppl", "pred_ppl", "active_codewords", "grad_norm", "lr"}
+_DRAWN |= {"ema_decay", "audio_seconds_per_second", "world_size"}
 
 
 def draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]], first_layer: int, codebook_size: int) -> None:
@@ -91,6 +94,19 @@ def draw_gradients(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     beside.spines[:].set_visible(False)
 
 
+def draw_metric(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, first_layer: int) -> None:
+    """Any other column of `metrics.jsonl` over the steps of a run: a number, or one of each codebook's layer."""
+    rows = [row for row in rows if row.get(name) is not None]  # a longer run may have it from some step on
+    steps, values = [row["step"] for row in rows], np.array([row[name] for row in rows], dtype=float)
+    if values.ndim == 1:
+        axes.plot(steps, smooth(values), color="#4f86c6", lw=2)
+    else:
+        for k, shade in enumerate(np.linspace(0.35, 0.8, values.shape[1])):
+            axes.plot(steps, smooth(values[:, k]), color=blues(shade), lw=1.3, label=f"layer {first_layer + k}")
+        axes.legend(loc="upper right", ncol=2)
+    chart(axes, name.replace("_", " "), "training step")
+
+
 def curves_figure(
     rows: Sequence[Mapping[str, Any]],
     validation: Sequence[Mapping[str, Any]] = (),
@@ -103,15 +119,17 @@ def curves_figure(
     Losses, perplexities, active codewords and gradients of a run.
 
     Args:
-        rows: The rows of `metrics.jsonl` that have a loss.
+        rows: The rows of `metrics.jsonl` that have a loss; what they have beside the usual gets panels of its own.
         validation: Those of `validation.jsonl`: their losses are drawn as points.
         first_layer: The first layer that has a codebook, counted from 1.
         codebook_size: Codewords per codebook.
         title: A line above.
     """
-    figure = Figure(figsize=(14, 8.5), layout="constrained")
+    figure = Figure(layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK)
-    (losses, perplexities), (active, gradients) = figure.subplots(2, 2)
+    more = [name for name, value in rows[-1].items() if name not in _DRAWN and isinstance(value, (float, int, list))]
+    panels = figure.subplots(2 + math.ceil(len(more) / 2), 2)
+    (losses, perplexities), (active, gradients) = panels[:2]
     names = sorted({row["name"] for row in validation})
     for name, marker in zip(names, "osD^v" * len(names), strict=False):
         points = [(row["step"], row["loss"]) for row in validation if row["name"] == name and row["loss"] is not None]
@@ -120,6 +138,11 @@ def curves_figure(
     draw_perplexities(perplexities, rows)
     draw_active_codewords(active, rows, first_layer)
     draw_gradients(gradients, rows)
+    for name, axes in zip(more, panels[2:].flat, strict=False):
+        draw_metric(axes, rows, name, first_layer)
+    for axes in panels.flat[4 + len(more) :]:
+        axes.set_axis_off()
+    figure.set_size_inches(14, 4.25 * len(panels))
     return figure
 
 
@@ -202,6 +225,7 @@ __all__ = [
     "draw_active_codewords",
     "draw_gradients",
     "draw_losses",
+    "draw_metric",
     "draw_perplexities",
     "draw_run",
     "read_rows",

@@ -55,8 +55,9 @@ from ..training.metrics import Averages, curves
 from ..training.schedules import learning_rate
 from ..training.sharding import global_norm
 from .config import PretrainingConfig
-from .setup import CollapseWatch, StepResult, exclude_parameters, make_optimizer
+from .setup import CollapseWatch, exclude_parameters, make_optimizer
 from .start import initial_model
+from .updates import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ class SpidrTrainerCallback(TrainerCallback):
         model, step = _pretraining_model(model), state.global_step + 1
         if self._result is not None and self._result.finite:
             self._decay = model.update_teacher(step)
-            values = self._result.as_dict()
+            values = self._result.values
             self._averages.add({name: values[name] for name in values if name not in ("loss", "grad_norm")})
         else:
             model.discard_statistics()

@@ -1,8 +1,8 @@
 """What a run reports: `metrics.jsonl`, the tracker's curves, the progress bar, the list of unusable audio.
 
-`metrics.jsonl` has exactly one row per logged step, however often the run was interrupted. Loss, perplexities and
-gradient norm of a row are means over the steps since the row before; learning rate and teacher decay are those of the
-logged step itself.
+`metrics.jsonl` has exactly one row per logged step, however often the run was interrupted. What an update reports
+(`StepResult`: the model's metrics by their names, the gradient norm) stands in a row as means over the steps since the
+row before; learning rate and teacher decay are those of the logged step itself.
 """
 
 import sys
@@ -22,10 +22,8 @@ from ..training.metrics import Averages, MetricsFile, curves
 from ..training.trackers import start_trackers
 from .config import PretrainingConfig
 from .curves_picture import CurvesPicture
-from .setup import CollapseWatch, StepResult
-
-# Columns that are means over the steps since the row before.
-_MEANS = ("loss", "layer_losses", "target_ppl", "pred_ppl", "active_codewords", "grad_norm")
+from .setup import CollapseWatch
+from .updates import StepResult
 
 
 class Reporter:
@@ -79,17 +77,17 @@ class Reporter:
         self._seen.append((batch.skipped, len(batch.key.utterances), batch.audio_samples))
         self._samples += batch.audio_samples
 
-    def update(self, step: int, epoch: int, result: StepResult | None, lr: float, decay: float) -> None:
-        """Take note of an update (`result` None: it was skipped), and write the row of a logged step.
+    def update(self, step: int, epoch: int, result: StepResult, lr: float, decay: float) -> None:
+        """Take note of an update (skipped where `result` is not finite), and write the row of a logged step.
 
         Raises `AudioError` when too much of the audio cannot be used.
         """
         seconds, processes = time.perf_counter() - self._since, self._accelerator.num_processes
-        if result is not None:
-            self._averages.add(result.as_dict())
+        if result.finite:
+            self._averages.add(result.values)
             speed = processes * self._samples / SAMPLING_RATE / seconds
             self._bar.set_postfix_str(
-                f"loss {result.loss:.3f}, ppl {result.target_ppl:.1f}, {speed:.0f} audio s/s", refresh=False
+                f"loss {result.loss:.3f}, ppl {result.values['target_ppl']:.1f}, {speed:.0f} audio s/s", refresh=False
             )
         self._bar.update()
         if step % self._interval:
@@ -99,7 +97,7 @@ class Reporter:
         row = {
             "step": step,
             "epoch": epoch + 1,
-            **{name: means.get(name) for name in _MEANS},
+            **{name: means.get(name) for name in result.values},
             "lr": lr,
             "ema_decay": decay,
             "audio_seconds_per_second": sum(samples for _, _, samples in seen) / SAMPLING_RATE / seconds,

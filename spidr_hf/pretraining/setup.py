@@ -1,11 +1,9 @@
 """The parts of a pretraining step that are more than one line in the loop of `examples/pretrain.py`."""
 
-import dataclasses
 import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
-from ..codebooks_spidr import SpidrTrainingStatistics
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.card import trained_card
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError, RunFolderError
 from ..system.files import replaced_folder
-from ..system.host_copy import HostCopy
 from ..training.checkpoints import whole_copies
 from ..training.schedules import FREEZABLE, OptimizerSection
 from ..training.sharding import is_sharded
@@ -131,55 +127,6 @@ def keep_compiled(folder: Path) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder.absolute() / "triton"))
 
 
-@dataclass
-class StepResult:
-    """What an update reports, over all processes: means over masked frames, the gradient norm before clipping, and
-    for each codebook its loss and how many of its codewords were assigned."""
-
-    loss: float
-    target_ppl: float
-    pred_ppl: float
-    grad_norm: float
-    layer_losses: list[float]
-    active_codewords: list[float]
-
-    @staticmethod
-    def send(statistics: SpidrTrainingStatistics, grad_norm: Tensor) -> "PendingResult":
-        """Begin to fetch the numbers from the device, in one transfer. They are the same on every process."""
-        scalars = torch.stack([statistics.loss, statistics.target_ppl, statistics.pred_ppl, grad_norm])
-        values = torch.cat([scalars, statistics.layer_losses, statistics.active_codewords])
-        return PendingResult(HostCopy(values), len(statistics.layer_losses))
-
-    @classmethod
-    def fetch(cls, statistics: SpidrTrainingStatistics, grad_norm: Tensor) -> "StepResult":
-        """The numbers from the device, waiting for them."""
-        return cls.send(statistics, grad_norm).result()
-
-    @property
-    def finite(self) -> bool:
-        """Whether the update may be made."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-    def as_dict(self) -> dict[str, float | list[float]]:
-        """By name."""
-        return dataclasses.asdict(self)
-
-
-@dataclass
-class PendingResult:
-    """A `StepResult` on its way from the device."""
-
-    values: HostCopy
-    codebooks: int
-
-    def result(self) -> StepResult:
-        """The numbers, once they are there."""
-        values = self.values.tolist()
-        middle = 4 + self.codebooks
-        loss, target_ppl, pred_ppl, grad_norm = values[:4]
-        return StepResult(loss, target_ppl, pred_ppl, grad_norm, values[4:middle], values[middle:])
-
-
 class CollapseWatch:
     """Notices when targets fall onto few codewords: the loss then looks better than ever, and nothing is learnt.
 
@@ -262,8 +209,6 @@ def save_final(model: SpidrForPretraining, folder: str | Path, config: Pretraini
 
 __all__ = [
     "CollapseWatch",
-    "PendingResult",
-    "StepResult",
     "autocast",
     "compile_layers",
     "exclude_parameters",

@@ -1,12 +1,14 @@
 """Updates: made where loss and gradient are finite, skipped where they are not, and reported once either way.
 
-On a GPU the decision is taken there: Python goes on with the next step, and reads a step's numbers when it has begun
+On a GPU the decision is taken there: Python begins the next step, and reads a step's numbers when it has begun
 the one after. Where that cannot be (float16, whose loss scale the next step needs; shards) or gains nothing (CPU),
 Python reads them first. What is computed is the same.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -16,10 +18,63 @@ from ..codebooks_spidr import SpidrTrainingStatistics
 from ..data.batches import Batch
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import RunFolderError
+from ..system.host_copy import HostCopy
 from ..training.checkpoints import TrainerState
 from ..training.optimizing import LossScale
 from ..training.sharding import is_sharded
-from .setup import PendingResult, StepResult
+
+
+@dataclass
+class StepResult:
+    """What an update reports, over all processes.
+
+    Attributes:
+        values: by name, the metrics of its statistics (`SpidrTrainingStatistics.metrics`; a list has one value per
+            codebook), and `grad_norm`, the gradient's norm before clipping.
+    """
+
+    values: dict[str, float | list[float]]
+
+    @staticmethod
+    def send(statistics: SpidrTrainingStatistics, grad_norm: Tensor) -> "PendingResult":
+        """Begin to fetch the numbers from the device, in one transfer. They are the same on every process."""
+        metrics = {**statistics.metrics, "grad_norm": grad_norm}
+        flat = torch.cat([tensor.reshape(-1).float() for tensor in metrics.values()])
+        return PendingResult(HostCopy(flat), {name: tensor.shape for name, tensor in metrics.items()})
+
+    @classmethod
+    def fetch(cls, statistics: SpidrTrainingStatistics, grad_norm: Tensor) -> "StepResult":
+        """The numbers from the device, waiting for them."""
+        return cls.send(statistics, grad_norm).result()
+
+    @property
+    def loss(self) -> float:
+        """Mean over masked frames and codebooks."""
+        return self.values["loss"]  # type: ignore[return-value]  # a scalar
+
+    @property
+    def grad_norm(self) -> float:
+        """Before clipping."""
+        return self.values["grad_norm"]  # type: ignore[return-value]  # a scalar
+
+    @property
+    def finite(self) -> bool:
+        """Whether the update may be made."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+@dataclass
+class PendingResult:
+    """A `StepResult` on its way from the device: numbers end to end, and their shapes by name."""
+
+    numbers: HostCopy
+    shapes: dict[str, torch.Size]
+
+    def result(self) -> StepResult:
+        """The numbers, once they are there."""
+        numbers = iter(self.numbers.tolist())
+        values = {name: list(islice(numbers, shape.numel())) for name, shape in self.shapes.items()}
+        return StepResult({name: value if self.shapes[name] else value[0] for name, value in values.items()})
 
 
 class Listener(Protocol):
@@ -28,8 +83,8 @@ class Listener(Protocol):
     def batch(self, batch: Batch) -> None:
         """A batch of an update that is reported next."""
 
-    def update(self, step: int, epoch: int, result: StepResult | None, lr: float, decay: float) -> None:
-        """An update; `result` None: it was skipped."""
+    def update(self, step: int, epoch: int, result: StepResult, lr: float, decay: float) -> None:
+        """An update; where `result` is not finite it was skipped."""
 
     def say(self, message: str | None) -> None:
         """A line for the user."""
@@ -123,13 +178,13 @@ class Updates:
         for batch in update.batches:
             self.reporter.batch(batch)
         epoch = update.batches[-1].key.epoch
-        self.reporter.update(update.step, epoch, result if result.finite else None, update.lr, update.decay)
+        self.reporter.update(update.step, epoch, result, update.lr, update.decay)
         if state.nonfinite_in_a_row >= self.max_nonfinite:
             raise RunFolderError(
                 f"{state.nonfinite_in_a_row} updates in a row had a non-finite loss or gradient, the last at step "
-                f"{update.step} (loss {result.loss}, gradient norm {result.grad_norm}). Go on from the checkpoint "
+                f"{update.step} (loss {result.loss}, gradient norm {result.grad_norm}). Resume from the checkpoint "
                 "before with a lower optimizer.lr or with optimizer.dtype float32."
             )
 
 
-__all__ = ["Listener", "Updates"]
+__all__ = ["Listener", "PendingResult", "StepResult", "Updates"]

@@ -10,13 +10,13 @@ from tiny import random_mask, tiny_model
 from spidr_hf.pretraining.config import make_config
 from spidr_hf.pretraining.setup import (
     CollapseWatch,
-    StepResult,
     exclude_parameters,
     make_accelerator,
     make_optimizer,
     small_batch_note,
     spidr_name,
 )
+from spidr_hf.pretraining.updates import StepResult
 from spidr_hf.system.processes import gather_all
 from spidr_hf.training.optimizing import LossScale, drop_frozen, scale_and_clip
 
@@ -120,8 +120,8 @@ def test_results_are_fetched_in_one_piece():
     statistics = model.reduce_statistics()
     result = StepResult.send(statistics, torch.tensor(2.0)).result()
     assert result.finite and result.grad_norm == 2.0 and result.loss == statistics.loss.item()
-    assert result.layer_losses == statistics.layer_losses.tolist()
-    assert result.active_codewords == statistics.active_codewords.tolist()
+    assert result.values["layer_losses"] == statistics.layer_losses.tolist()
+    assert result.values["active_codewords"] == statistics.active_codewords.tolist()
     assert not StepResult.send(statistics, torch.tensor(float("inf"))).result().finite
     assert gather_all([1, 2]) == [1, 2]
 

@@ -32,7 +32,7 @@ class Report:
         self.batches.append(batch.key.index)
 
     def update(self, step, epoch, result, lr, decay):
-        self.rows.append((step, epoch, result and result.as_dict(), lr, decay, len(self.batches)))
+        self.rows.append((step, epoch, result.values if result.finite else None, lr, decay, len(self.batches)))
 
     def say(self, line):
         self.lines.append(line)
