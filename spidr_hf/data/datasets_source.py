@@ -3,6 +3,8 @@
 Audio is decoded by soundfile from the stored bytes or files (`Audio(decode=False)`), so that torchcodec is not needed.
 """
 
+import io
+import logging
 import os
 import zlib
 from collections.abc import Mapping
@@ -18,6 +20,8 @@ from ..system.errors import AudioError, ManifestError
 from .audio import read_audio, read_info
 from .manifests import load_scan, save_scan
 from .sources import Skipped
+
+logger = logging.getLogger(__name__)
 
 # Columns that name an utterance, in the order they are looked for.
 _ID_COLUMNS = ("fileid", "id", "file_id", "utterance_id", "segment_id", "file", "path")
@@ -54,8 +58,13 @@ class DatasetSource:
     ):
         from datasets import Audio
 
+        if dataset.format["type"] == "custom":
+            logger.warning("%s: its transform is left out, audio is read as it is stored.", name)
+        # A format may hide columns; what is read here is what is stored.
+        dataset = dataset.with_format(None)
         self.column, self.name, self.resample = audio_column(dataset, name), name, resample
         self.dataset = dataset.cast_column(self.column, Audio(decode=False))
+        self._hold_chunks()
         key = f"data set {dataset._fingerprint} {len(dataset)} {self.column} {resample}"
         found = None if cache is None else load_scan(cache, key)
         if found is None:
@@ -68,6 +77,18 @@ class DatasetSource:
         self._rows, self.num_samples = (table[column].to_numpy() for column in ("row", "num_samples"))
         # As an Arrow array: a list of a million names would be copied into every worker process.
         self._names = table["fileid"]
+
+    def _hold_chunks(self) -> None:
+        """The stored audio, piece by piece: put together, more than 2 GiB would overflow, and less be copied."""
+        self._chunks = self.dataset.data.column(self.column).chunks
+        self._chunk_ends = np.cumsum([len(chunk) for chunk in self._chunks])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_chunks"}  # the data set holds them
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._hold_chunks()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -101,7 +122,7 @@ class DatasetSource:
 
         def length(row: int) -> int | AudioError:
             try:
-                source, name = self._audio(row, fileids[row])
+                source, name = self._audio(row, fileids[row], copy=False)
                 return read_info(source, name=name, resample=self.resample).num_samples_16k
             except AudioError as error:
                 return error
@@ -118,18 +139,28 @@ class DatasetSource:
         columns = {"row": rows, "fileid": [fileids[row] for row in rows], "num_samples": [lengths[row] for row in rows]}
         return pa.table(columns, _SCANNED), skipped
 
-    def _audio(self, row: int, fileid: str) -> tuple[Any, str]:
+    def _audio(self, row: int, fileid: str, copy: bool = True) -> tuple[Any, str]:
+        """What `read_audio` takes, and what messages call it. Without a copy, content is read where it lies."""
         name = f"{self.name}, {fileid}"
-        return stored_audio(self.dataset[row][self.column], name), name
+        indices = self.dataset._indices
+        row = row if indices is None else indices.column(0)[row].as_py()
+        chunk = int(np.searchsorted(self._chunk_ends, row, side="right"))
+        stored = self._chunks[chunk]
+        place = row - (int(self._chunk_ends[chunk - 1]) if chunk else 0)
+        content = None if stored[place : place + 1].null_count else _content(stored.field("bytes"), place)
+        audio = stored_audio({"bytes": content, "path": stored.field("path")[place].as_py()}, name)
+        if not isinstance(audio, pa.Buffer):
+            return audio, name
+        return (audio.to_pybytes() if copy else io.BufferedReader(pa.BufferReader(audio))), name
 
     def _fileids(self) -> list[str]:
         for column in _ID_COLUMNS:
             if column in self.dataset.column_names and column != self.column:
-                values = [str(value) for value in self.dataset[column]]
+                values = [str(value) for value in self.dataset.select_columns(column)[column]]
                 if len(set(values)) == len(values) and all(values):
                     return [_without_suffix(value) for value in values] if column in _PATH_COLUMNS else values
-        storage = self.dataset.data.column(self.column).combine_chunks()
-        paths = storage.field("path").to_pylist() if self.dataset._indices is None else [None]
+        chunks = self._chunks if self.dataset._indices is None else ()
+        paths = (path for chunk in chunks for path in chunk.field("path").to_pylist())
         stems = [os.path.splitext(os.path.basename(path or ""))[0] for path in paths]
         if all(stems) and len(set(stems)) == len(self.dataset):
             return stems
@@ -137,14 +168,30 @@ class DatasetSource:
         return [f"{i:0{width}d}" for i in range(len(self.dataset))]
 
 
+def _content(column: pa.Array, row: int) -> pa.Buffer | None:
+    """A row's bytes where they lie, which a scalar of Arrow would copy; None where there are none."""
+    if not column[row : row + 1].is_valid()[0].as_py():
+        return None
+    kind = np.int64 if pa.types.is_large_binary(column.type) else np.int32
+    _, offsets, content = column.buffers()
+    start, end = np.frombuffer(offsets, kind, 2, (column.offset + row) * np.dtype(kind).itemsize)
+    return content.slice(int(start), int(end - start)) if end > start else None
+
+
 def is_dataset(data: str | Path) -> bool:
     """Whether DATA names a data set: a folder that `save_to_disk` made, or a name on the Hub (`name:config:split`)."""
     text = str(data)
     folder = Path(text.split(":")[0])
     if Path(text).exists() or folder.exists():
-        return folder.is_dir() and (any((folder / name).exists() for name in _SAVED) or ":" in text)
+        saved = any((folder / name).exists() for name in _SAVED) or _holds_parquet(folder)
+        return folder.is_dir() and (saved or ":" in text)
     # A path that is not there stays a path, so that the error speaks of files.
     return ":" in text or (text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).suffix)
+
+
+def _holds_parquet(folder: Path) -> bool:
+    """Whether a folder is a data set in parquet files, as the Hub keeps them: in it or its folder `data`."""
+    return any(next(place.glob("*.parquet"), None) is not None for place in (folder, folder / "data"))
 
 
 def audio_column(dataset: Any, name: str) -> str:
@@ -152,7 +199,9 @@ def audio_column(dataset: Any, name: str) -> str:
     from datasets import Audio
 
     for column, feature in dataset.features.items():
-        if isinstance(feature, Audio):
+        # As it is stored where no one said that it is audio (parquet files, for one).
+        plain = isinstance(feature, dict) and {"bytes", "path"} == set(feature)
+        if isinstance(feature, Audio) or plain:
             return column
     raise ManifestError(
         f"{name}: has no column of the type Audio, only {', '.join(dataset.features)}. Cast the one that holds files: "

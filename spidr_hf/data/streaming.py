@@ -53,14 +53,11 @@ class StreamingSource:
     def __init__(self, dataset: Any, *, resample: bool = False, name: str = "data set"):
         from datasets import Audio
 
-        part = dataset._ex_iterable
-        while part is not None:
-            if type(part).__name__ == "BufferShuffledExamplesIterable":
-                raise ManifestError(
-                    f"{name}: has a shuffle buffer, whose content would be lost when a run is resumed. Leave out "
-                    "`.shuffle(...)`: pretraining shuffles by itself."
-                )
-            part = getattr(part, "ex_iterable", None)
+        if _has_shuffle_buffer(dataset._ex_iterable):
+            raise ManifestError(
+                f"{name}: has a shuffle buffer, whose content would be lost when a run is resumed. Leave out "
+                "`.shuffle(...)`, also in what is interleaved or concatenated: pretraining shuffles by itself."
+            )
         if dataset.features is None:
             raise ManifestError(f"{name}: its columns have no types. Give them: `features=...`, after `.map` too.")
         self.column, self.name, self.resample = audio_column(dataset, name), name, resample
@@ -96,6 +93,14 @@ class StreamingSource:
 def can_stream(data: str | Path) -> bool:
     """Whether DATA may be a data set; manifests and tars are read where they lie."""
     return Path(str(data)).suffix not in (".csv", ".jsonl", ".tsv", ".tar")
+
+
+def _has_shuffle_buffer(part: Any) -> bool:
+    """Whether rows pass a shuffle buffer on their way, in any of the data sets that this one is made of."""
+    if type(part).__name__ == "BufferShuffledExamplesIterable":
+        return True
+    inner = [getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", ())]
+    return any(_has_shuffle_buffer(each) for each in inner if each is not None)
 
 
 def open_stream(data: str | Path, *, resample: bool = False) -> StreamingSource:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from spidr_hf.conversion import convert_checkpoint, export_checkpoint
 from spidr_hf.conversion.checkpoint_file import open_checkpoint, read_checkpoint
 from spidr_hf.conversion.checkpoints import read_pretraining_checkpoint

@@ -11,6 +11,7 @@ from pathlib import Path
 import hostile
 import pytest
 import torch
+
 from spidr_hf.conversion import convert_checkpoint, export_checkpoint
 from spidr_hf.conversion.checkpoints import read_pretraining_checkpoint
 from spidr_hf.conversion.errors import ConversionError

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
 from spidr_hf.conversion import convert_checkpoint, export_checkpoint
 from spidr_hf.conversion.unfinished import remove_abandoned, unfinished
 

@@ -4,9 +4,13 @@ import io
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import soundfile
 import torch
@@ -63,6 +67,71 @@ def test_names_without_an_id_column(data):
     same = data.remove_columns("id").map(lambda row: row, num_proc=None)
     chosen = same.select([3, 0])
     assert [DatasetSource(chosen, progress=False).fileid(i) for i in range(2)] in (["3", "0"], ["0", "1"])
+
+
+def test_in_pieces_and_in_workers(data, tmp_path):
+    """More pieces than one, rows chosen out of them, rows without audio; the same after pickling."""
+    rows = data.remove_columns("id").cast_column("audio", datasets.Audio(decode=False))
+    parts = datasets.concatenate_datasets([rows.select([0, 1]), rows.select([3]), rows.select([1, 0])])
+    stored = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({"audio": stored, "text": datasets.Value("string")})
+    empty = {"audio": [None, {"bytes": None, "path": None}], "text": ["", ""]}
+    empty = datasets.Dataset.from_dict(empty, features).cast(rows.features)
+    whole = datasets.concatenate_datasets([parts, empty, rows.select([3])])
+    for chosen, order in ((whole, [0, 1, 3, 1, 0, 3]), (whole.select([6, 5, 2, 0, 7]), [3, 0, 3])):
+        source = DatasetSource(chosen, progress=False)
+        for opened in (source, pickle.loads(pickle.dumps(source))):
+            for index, row in enumerate(order):
+                expected = soundfile.read(io.BytesIO(rows[row]["audio"]["bytes"]), dtype="float32")[0]
+                np.testing.assert_array_equal(opened.read(index), expected)
+        assert all("there is no audio in this row" in entry.reason for entry in source.skipped)
+    large = rows.data.table.cast(rows.features.arrow_schema)  # as other writers store it
+    kind = pa.struct({"bytes": pa.large_binary(), "path": pa.string()})
+    large = large.set_column(0, "audio", large["audio"].cast(kind))
+    pyarrow.parquet.write_table(large.replace_schema_metadata(None), tmp_path / "large.parquet")
+    assert len(open_data(tmp_path, progress=False)) == 3
+
+
+def test_a_format_hides_nothing(data, caplog):
+    plain = DatasetSource(data, progress=False)
+    shown = [data.with_format("numpy", columns=["text"]), data.with_format("torch")]
+    for dataset in (*shown, data.with_transform(lambda batch: {"text": batch["text"]})):
+        source = DatasetSource(dataset, progress=False)
+        assert source.fingerprint == plain.fingerprint and source.values("text") == ["x"] * 3
+        np.testing.assert_array_equal(source.read(2), plain.read(2))
+    assert caplog.text.count("its transform is left out") == 1
+
+
+def test_a_folder_of_parquet_files_is_a_data_set(data, tmp_path):
+    """As the Hub keeps them, with or without a word that the column is audio."""
+    plain = data.cast_column("audio", datasets.Audio(decode=False))
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    plain.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    assert is_dataset(tmp_path / "hub")
+    source = open_data(tmp_path / "hub", progress=False)
+    assert [source.fileid(i) for i in range(3)] == ["a-1", "a-2", "b-1"]
+
+
+@pytest.mark.slow
+def test_more_than_two_gigabytes_open_without_being_copied(tmp_path):
+    """72 rows of 32 MB and no id column, in a process whose own memory is looked at."""
+    content = wav(524)
+    schema = pa.schema({"audio": pa.struct({"bytes": pa.binary(), "path": pa.string()})})
+    (tmp_path / "data").mkdir()
+    for part in range(8):
+        rows = {"audio": [{"bytes": content, "path": f"{9 * part + i}.wav"} for i in range(9)]}
+        pyarrow.parquet.write_table(pa.table(rows, schema), tmp_path / "data" / f"train-{part}-of-8.parquet")
+    datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))["train"].save_to_disk(tmp_path / "saved")
+    code = (
+        "import sys; from spidr_hf.data.open import open_data\n"
+        "def held():\n"
+        "    return next(int(l.split()[1]) // 1024 for l in open('/proc/self/status') if l.startswith('VmRSS'))\n"
+        "import datasets; before = held(); source = open_data(sys.argv[1], progress=False)\n"
+        "print(len(source), source.fileid(5), held() - before, len(source.read(71)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "saved"], capture_output=True, text=True)
+    count, name, grown, samples = done.stdout.split()
+    assert (count, name, samples) == ("72", "5", str(524 * 16_000)) and int(grown) < 350, done.stdout + done.stderr
 
 
 def test_other_rates(data):

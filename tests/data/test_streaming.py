@@ -253,6 +253,14 @@ def test_bad_data_is_named(folder, tmp_path):
     loaded = datasets.load_dataset(str(folder), split="train", streaming=True)
     with pytest.raises(ManifestError, match="has a shuffle buffer, whose content would be lost"):
         StreamingSource(loaded.shuffle(seed=0, buffer_size=10).map(lambda row: row))
+    shuffled = loaded.shuffle(seed=0, buffer_size=10)
+    for mixed in (
+        datasets.interleave_datasets([loaded, shuffled]),
+        datasets.interleave_datasets([shuffled, loaded], probabilities=[0.5, 0.5]).take(5),
+        datasets.concatenate_datasets([loaded, datasets.concatenate_datasets([loaded, shuffled])]),
+    ):
+        with pytest.raises(ManifestError, match=r"has a shuffle buffer.* interleaved or concatenated"):
+            StreamingSource(mixed)
     with pytest.raises(ManifestError, match="no column of the type Audio, only id"):
         StreamingSource(loaded.remove_columns("audio"))
     with pytest.raises(ManifestError, match="its columns have no types"):
