@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spidr_hf import SpidrConfig
-from spidr_hf.hub.spidr_names import SPIDR_FIELDS, to_model_section, to_spidr_config
+from spidr_hf.hub.spidr_names import ADAPT_FIELDS, MODEL_TYPES, SPIDR_FIELDS, to_model_section, to_spidr_config
 from spidr_hf.system.messages import shown
 
 from .errors import ConversionError
@@ -33,6 +33,7 @@ _STACKED = (
     ("codebooks.{}.codebook", "codebooks.sums"),
     ("codebooks.{}.counts", "codebooks.counts"),
 )
+_CLASSIFIER = re.compile(r"supervised_classifiers\.([^.]+)\.output_layer\.(?:weight|bias)")
 # Sections of a whole run's configuration, besides `model`.
 _RUN_SECTIONS = ("run", "data", "optimizer", "masking", "validation")
 
@@ -49,8 +50,13 @@ class Converted:
 # ---- configuration
 
 
-def objective_of(raw: Mapping[str, Any] | None, objective: str | None = None) -> str | None:
+def objective_of(
+    raw: Mapping[str, Any] | None, objective: str | None = None, *, classifiers: bool = False
+) -> str | None:
     """The objective that a configuration file (or `objective`, the user's own word) tells, else None.
+
+    Args:
+        classifiers: whether phone classifiers lie beside the model's tensors.
 
     Raises:
         ConversionError: they contradict each other.
@@ -60,11 +66,14 @@ def objective_of(raw: Mapping[str, Any] | None, objective: str | None = None) ->
         raw = {"model_type": raw.get("objective")}
     run: Mapping[str, Any] = raw["run"] if isinstance(raw.get("run"), Mapping) else {}
     said = {"run.model_type": run.get("model_type"), "model_type": raw.get("model_type"), "--objective": objective}
-    said["the field ema_timescale"] = "spidr" if "ema_timescale" in model_section(raw) else None
+    for name in ("ema_timescale", *ADAPT_FIELDS):
+        said[f"the field {name}"] = "spidr" if name in model_section(raw) else None
+    said["a phone classifier of SpidR-Adapt's"] = "spidr" if classifiers else None
     said = {where: value for where, value in said.items() if value is not None}
     for where, value in said.items():
-        if value not in ("spidr", "dinosr"):
+        if value not in tuple(MODEL_TYPES):
             raise ConversionError(f"The objective must be 'spidr' or 'dinosr', but {where} says {shown(value)!r}.")
+        said[where] = MODEL_TYPES[value]
     if len(set(said.values())) > 1:
         contradiction = ", ".join(f"{where} says {value}" for where, value in said.items())
         raise ConversionError(f"The objective is contradictory: {contradiction}. Correct the one that is wrong.")
@@ -239,7 +248,9 @@ def convert_spidr(
         objective: "spidr" or "dinosr" where the caller knows it.
         what: the file's name, for error messages.
     """
-    known_objective = objective_of(raw_config, objective)
+    only_tensors(tensors, what)
+    tensors, languages = without_classifiers(tensors)
+    known_objective = objective_of(raw_config, objective, classifiers=bool(languages))
     if known_objective is None:
         raise ConversionError(
             f"{what} does not tell its training objective (the tensors of SpidR and DinoSR have the same names). "
@@ -251,7 +262,6 @@ def convert_spidr(
             check_sizes(config)
     else:
         config = config_from_spidr(model_section(raw_config or {}), known_objective)
-    only_tensors(tensors, what)
     differences = contradictions(tensors, config)
     if raw_config is None and differences:
         listed = "; ".join(difference.replace("in the configuration", "by default") for difference in differences)
@@ -264,7 +274,18 @@ def convert_spidr(
     hints = ["The configuration is that of another model: " + "; ".join(differences) + "."] if differences else []
     check_tensors(tensors, shapes, hints, what=what)
     result, notes = as_stored(from_spidr(tensors, config.num_codebooks), reference)
+    if languages:
+        notes.append(
+            f"The phone classifiers of SpidR-Adapt's training ({', '.join(map(shown, languages[:8]))}"
+            f"{', ...' if len(languages) > 8 else ''}) are left out: the model does not use them."
+        )
     return Converted(config, result, notes)
+
+
+def without_classifiers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """A state dict without the phone classifiers that SpidR-Adapt trains beside the model, and their languages."""
+    languages = {name: match[1] for name in tensors if (match := _CLASSIFIER.fullmatch(name))}
+    return {name: tensor for name, tensor in tensors.items() if name not in languages}, sorted({*languages.values()})
 
 
 __all__ = [
@@ -280,4 +301,5 @@ __all__ = [
     "only_tensors",
     "spidr_state_dict",
     "to_spidr",
+    "without_classifiers",
 ]

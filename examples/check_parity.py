@@ -38,6 +38,7 @@ from .benchmarks.parity import (
     Difference,
     compare_fairseq,
     compare_outputs,
+    compare_representations,
     compare_training,
     judge,
     precision,
@@ -98,9 +99,10 @@ def differences(
 ) -> dict[str, Difference]:
     """Every recorded tensor of a folder in one form."""
     recorded = load_file(folder / "expected.safetensors")
-    file = next((path for path in map(folder.joinpath, ("checkpoint.pt", "checkpoint.ckpt")) if path.exists()), None)
+    names = ("checkpoint.pt", "checkpoint.ckpt", "step_*.pt")
+    file = next((path for name in names for path in folder.glob(name)), None)
     if file is None:
-        raise ValueError(f"{folder} holds no checkpoint.pt and no checkpoint.ckpt.")
+        raise ValueError(f"{folder} holds no {', no '.join(names)}.")
     if objective is None and folder.name.startswith(("spidr", "dinosr")):
         objective = folder.name.partition("-")[0]
     compiled, own = FORMS[form]
@@ -116,7 +118,9 @@ def differences(
     try:
         with whole_float32():
             with precision(device, dtype):
-                if "waveform" in recorded:
+                if "mask" not in recorded and "waveform" in recorded:
+                    pairs = compare_representations(fresh(), recorded)
+                elif "waveform" in recorded:
                     pairs = compare_outputs(fresh(), recorded)
                 else:
                     model, pairs = fresh(), {}

@@ -10,10 +10,17 @@ from safetensors.torch import load_file
 from spidr_hf import SpidrForPretraining
 from spidr_hf.conversion.checkpoints import read_pretraining_checkpoint
 from spidr_hf.conversion.spidr_format import from_spidr
-from spidr_hf.examples.benchmarks.parity import Pairs, compare_fairseq, compare_outputs, compare_training
+from spidr_hf.examples.benchmarks.parity import (
+    Pairs,
+    compare_fairseq,
+    compare_outputs,
+    compare_representations,
+    compare_training,
+)
 
 PARITY = Path(__file__).parent / "fixtures" / "parity"
 SPIDR = ("spidr-tiny", "dinosr-tiny", "spidr-tiny-variant")
+ADAPT = ("spidr-adapt-ssl", "spidr-adapt-sl")
 ATTENTION = ("sdpa", "eager")
 
 
@@ -80,3 +87,14 @@ def test_original_dinosr(file, attention):
     recorded = load_file(folder / "expected.safetensors")
     for case in ("nopad", "solo"):
         all_close(compare_fairseq(model, recorded, case))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("folder", ADAPT)
+def test_spidr_adapt(folder, attention):
+    """With and without phone classifiers, recognised by the config beside the checkpoint."""
+    model = load(PARITY / folder / "step_5.pt")
+    model.set_attn_implementation(attention)
+    pairs = compare_representations(model, load_file(PARITY / folder / "expected.safetensors"))
+    assert len(pairs) == 4 + 3
+    all_close(pairs)

@@ -99,6 +99,21 @@ def precision(device: torch.device, dtype: str) -> torch.autocast:
 
 
 @torch.no_grad()
+def compare_representations(model: SpidrForPretraining, recorded: Mapping[str, Tensor]) -> Pairs:
+    """Representations and codebook predictions, for recordings of nothing else.
+
+    Args:
+        model: in eval mode.
+        recorded: on any device.
+    """
+    waveform = recorded["waveform"].to(model.device)
+    got = {f"layer.{i}.ffn": hidden for i, hidden in enumerate(model.spidr.get_intermediate_outputs(waveform), start=1)}
+    predictions = enumerate(model.get_codebooks(waveform), start=1)
+    got |= {f"codebook.{i}.proba": proba for i, proba in predictions if proba is not None}
+    return {name: (got[name], tensor) for name, tensor in recorded.items() if name != "waveform"}
+
+
+@torch.no_grad()
 def compare_outputs(model: SpidrForPretraining, recorded: Mapping[str, Tensor]) -> Pairs:
     """Everything in a SpidR recording (`expected.safetensors`): features, representations, targets, labels, losses.
 
@@ -263,6 +278,7 @@ __all__ = [
     "Pairs",
     "compare_fairseq",
     "compare_outputs",
+    "compare_representations",
     "compare_training",
     "judge",
     "noise_bound",

@@ -39,6 +39,16 @@ SPIDR_FIELDS = {
 }
 # `extractor_mode`, SpidR's value -> our `feat_extract_norm`.
 EXTRACTOR_MODES = {"layer_norm": "layer", "group_norm": "group"}
+# What `run.model_type` may say -> the objective. SpidR-Adapt's models are SpidR's.
+MODEL_TYPES = {"spidr": "spidr", "dinosr": "dinosr", "spidr_reset": "spidr"}
+# Fields of SpidR-Adapt's `[model]` section that are about how it was trained; no model that came out of it has them.
+ADAPT_FIELDS = (
+    "supervised_every_step",
+    "supervised_layer",
+    "num_supervised_layers",
+    "supervised_languages",
+    "adapt_heads",
+)
 # Fields that only SpidR's objective has; their presence in a config tells which objective it belongs to.
 SPIDR_ONLY_FIELDS = ("ema_timescale", "ema_threshold")
 # `extractor_mode` and `extractor_conv_layer_config` need more than a new name.
@@ -69,7 +79,8 @@ def to_spidr_config(model_section: dict[str, Any], objective: str) -> SpidrConfi
     """`SpidrConfig` of a `[model]` section in SpidR's own field names.
 
     Args:
-        model_section: fields of SpidR's `[model]`; those left out have the defaults of the objective's recipe.
+        model_section: fields of SpidR's `[model]`; those left out have the defaults of the objective's recipe, those of
+            SpidR-Adapt's training are passed over.
         objective: `"spidr"` or `"dinosr"`.
 
     Raises `ValueError` on unknown fields, naming the nearest known one, and on impossible values.
@@ -78,6 +89,8 @@ def to_spidr_config(model_section: dict[str, Any], objective: str) -> SpidrConfi
         raise ValueError(f"The objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}.")
     values: dict[str, Any] = dict(OBJECTIVE_DEFAULTS[objective])
     for name, value in model_section.items():
+        if name in ADAPT_FIELDS and objective == "spidr":
+            continue
         if name not in MODEL_SECTION_FIELDS:
             nearest = get_close_matches(name, MODEL_SECTION_FIELDS, n=1, cutoff=0.5)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -133,8 +146,10 @@ def architecture_differences(first: SpidrConfig, second: SpidrConfig) -> dict[st
 
 
 __all__ = [
+    "ADAPT_FIELDS",
     "EXTRACTOR_MODES",
     "MODEL_SECTION_FIELDS",
+    "MODEL_TYPES",
     "OBJECTIVE_DEFAULTS",
     "SPIDR_FIELDS",
     "SPIDR_ONLY_FIELDS",

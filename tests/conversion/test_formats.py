@@ -17,7 +17,7 @@ from spidr_hf.conversion.checkpoints import read_pretraining_checkpoint
 from spidr_hf.conversion.errors import ConversionError, TensorMismatchError
 from spidr_hf.conversion.fairseq_format import convert_fairseq, parse_conv_layers, settings, update_count
 from spidr_hf.conversion.safe_pickle import StandIn
-from spidr_hf.conversion.spidr_format import config_from_spidr, config_to_spidr, objective_of
+from spidr_hf.conversion.spidr_format import config_from_spidr, config_to_spidr, convert_spidr, objective_of
 from spidr_hf.conversion.tensors import same_bits
 from spidr_hf.hub_spidr import AUTO_MAP, HUB_FILES
 
@@ -165,6 +165,8 @@ def test_defaults_are_those_of_spidr() -> None:
         ({"model": {"ema_timescale": 5}}, None, "spidr"),
         ({"ema_timescale": 5}, "spidr", "spidr"),
         ({"run": {"model_type": "dinosr"}, "model": {}}, None, "dinosr"),
+        ({"run": {"model_type": "spidr_reset"}, "model": {}}, None, "spidr"),
+        ({"run": {"model_type": "spidr_reset"}, "model": {}}, "spidr", "spidr"),
         ({"model_type": "dinosr"}, None, "dinosr"),
         ({"model_type": "spidr", "hidden_size": 48, "objective": "dinosr"}, None, "dinosr"),
         ({"model": {}}, None, None),
@@ -324,6 +326,56 @@ def test_broken_configurations(text: str, tiny: Path, tmp_path: Path) -> None:
     tiny.with_name("config.json").write_text(text)
     with pytest.raises(ConversionError, match="onfiguration"):
         convert(tiny, tmp_path / "o")
+
+
+# ---- SpidR-Adapt
+
+
+@pytest.mark.parametrize("kind", ["ssl", "sl"])
+def test_spidr_adapt_converts_by_its_configuration(kind: str, tmp_path: Path, capsys) -> None:
+    source = PARITY / f"spidr-adapt-{kind}" / "step_5.pt"
+    original = stored(source)
+    folder = convert(source, tmp_path / "converted")
+    said = "phone classifiers of SpidR-Adapt's training (nl, sk) are left out"
+    assert (said in capsys.readouterr().err) == (kind == "sl")
+    export_checkpoint.export(folder, tmp_path / "out" / "back.pt")
+    exported = stored(tmp_path / "out" / "back.pt")
+    assert set(exported) == {name for name in original if not name.startswith("supervised_classifiers.")}
+    assert all(same_bits(tensor, original[name]) for name, tensor in exported.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["run"] == {"model_type": "spidr"}
+
+
+def test_phone_classifiers_tell_the_objective(tmp_path: Path) -> None:
+    fields = {name: value for name, value in raw_config("spidr-adapt-sl")["model"].items() if "supervised" not in name}
+    for name in ("ema_timescale", "ema_threshold", "adapt_heads"):
+        del fields[name]
+    for kind in ("sl", "ssl"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "step_5.pt").write_bytes((PARITY / f"spidr-adapt-{kind}" / "step_5.pt").read_bytes())
+        (folder / "config.json").write_text(json.dumps(fields))
+    converted = read_pretraining_checkpoint(tmp_path / "sl" / "step_5.pt")
+    assert converted.config.objective == "spidr"
+    with pytest.raises(ConversionError, match="--objective spidr or --objective dinosr"):
+        read_pretraining_checkpoint(tmp_path / "ssl" / "step_5.pt")
+    with pytest.raises(ConversionError, match="phone classifier of SpidR-Adapt's says spidr"):
+        read_pretraining_checkpoint(tmp_path / "sl" / "step_5.pt", objective="dinosr")
+    # Bare, the first is known to be SpidR's, of other sizes than the default; the second might be either.
+    for kind, message in (("sl", "Give the model's configuration with --config"), ("ssl", "--objective")):
+        (tmp_path / kind / "config.json").unlink()
+        with pytest.raises(ConversionError, match=message):
+            read_pretraining_checkpoint(tmp_path / kind / "step_5.pt")
+
+
+def test_fields_of_spidr_adapt_are_spidrs_alone() -> None:
+    for name in ("supervised_every_step", "supervised_layer", "num_supervised_layers", "supervised_languages"):
+        assert objective_of({"model": {name: None}}) == "spidr"
+        with pytest.raises(ConversionError, match=f"the field {name} says spidr"):
+            objective_of({"model": {name: 3}}, "dinosr")
+    with pytest.raises(ConversionError, match="unexpected: supervised_classifiers"):
+        checkpoint = torch.load(PARITY / "spidr-adapt-sl" / "step_5.pt", weights_only=True)["model"]
+        checkpoint["supervised_classifiers.nl.output_layer.scale"] = torch.zeros(2)
+        convert_spidr(checkpoint, raw_config("spidr-adapt-sl"), None)
 
 
 # ---- export

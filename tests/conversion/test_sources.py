@@ -199,6 +199,34 @@ def test_published_names(server: Server, tmp_path: Path, monkeypatch: pytest.Mon
     assert "license: other" in Path("o/README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("spidr-adapt-ssl", "spidr_vp19lang/step_400000.pt"),
+        ("spidr-adapt-ssl-reptile", "spidr_reptile_vp19lang/step_200000.pt"),
+        ("spidr-adapt-ssl-foblo", "spidr_foblo_vp19lang/step_200000.pt"),
+        ("spidr-adapt-sl", "spidr_sl_vp19lang/step_400000.pt"),
+        ("spidr-adapt-sl-reptile", "spidr_reptile_sl_vp19lang/step_200000.pt"),
+        ("spidr-adapt-sl-foblo", "spidr_foblo_sl_vp19lang/step_200000.pt"),
+    ],
+)
+def test_published_names_of_spidr_adapt(
+    name: str, place: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MIRROR_VARIABLE, server.url)
+    folder = PARITY / ("spidr-adapt-sl" if "-sl" in name else "spidr-adapt-ssl")
+    path = f"/shared/devai/assets/spidr-adapt/checkpoints/{place}"
+    # No configuration lies beside the published files; a tiny one stands in for the default sizes.
+    fields = json.loads((folder / "config.json").read_text())["model"]
+    server.files = {path: (folder / "step_5.pt").read_bytes()}
+    (tmp_path / "config.json").write_text(json.dumps({"model": fields}))
+    given = ["--config", str(tmp_path / "config.json")]
+    assert convert_checkpoint.main([name, str(tmp_path / "o"), *given]) == 0
+    card = (tmp_path / "o" / "README.md").read_text()
+    assert "license: cc-by-nc-4.0" in card and f"<https://dl.fbaipublicfiles.com{path}>" in card
+    assert "eprint = {2512.21204}" in card
+
+
 def test_the_url_of_a_published_checkpoint_has_its_card(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MIRROR_VARIABLE, server.url)
     server.files = {"/shared/devai/assets/models/dinosr_base_reproduced.pt": BARE}

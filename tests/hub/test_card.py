@@ -22,14 +22,17 @@ from spidr_hf.conversion.sources import published
 from spidr_hf.finetuning.ctc import make_tokenizer
 from spidr_hf.hub.card import CARDS, converted_card, finetuned_card, trained_card
 
-NAMES = {"spidr-base", "dinosr-base", "dinosr-original", "spidr-vp20", "spidr-mmsulab"}
+ADAPT = {f"spidr-adapt-{kind}" for kind in ("ssl", "ssl-reptile", "ssl-foblo", "sl", "sl-reptile", "sl-foblo")}
+NAMES = {"spidr-base", "dinosr-base", "dinosr-original", "spidr-vp20", "spidr-mmsulab"} | ADAPT
 LICENSES = {
     "spidr-base": "cc-by-nc-4.0",
     "dinosr-base": "cc-by-nc-4.0",
     "dinosr-original": "other",
     "spidr-vp20": "cc-by-nc-sa-4.0",
     "spidr-mmsulab": "other",
+    **dict.fromkeys(ADAPT, "cc-by-nc-4.0"),
 }
+ADAPT_ABX = ("4.33", "4.19", "4.01", "3.88", "3.76", "3.80")
 HEADS = {
     "ctc": SpidrForCTC,
     "utterance": SpidrForSequenceClassification,
@@ -106,6 +109,8 @@ def test_cards_of_published_checkpoints(name: str) -> None:
 def test_results_name_their_source() -> None:
     assert "3.32" in card("spidr-base") and "2.99" in card("spidr-base")
     assert "5.01" in card("dinosr-base")
+    abx = dict(zip(("ssl", "ssl-reptile", "ssl-foblo", "sl", "sl-reptile", "sl-foblo"), ADAPT_ABX, strict=True))
+    assert all(f": {error}, as the authors" in card(f"spidr-adapt-{kind}") for kind, error in abx.items())
     for name in NAMES:
         results = card(name).partition("## Results")[2].partition("## ")[0]
         assert "arxiv.org/abs/" in results
