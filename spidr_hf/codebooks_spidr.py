@@ -4,6 +4,7 @@ All codebooks are stacked (K x V x H), so that K labels, counts and losses are o
 and averages are float32 whatever the autocast or the dtype of the model: rounding moves labels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -72,8 +73,12 @@ class SpidrCodebooks(KeepFloat32):
         init.copy_(self.sums, sums)
         init.ones_(self.counts)
 
-    def assign(self, targets: Tensor) -> Tensor:
+    def forward(self, targets: Tensor) -> Tensor:
         """Nearest codeword in L2 distance of targets K x N x H: labels K x N."""
+        return self.assign(targets)
+
+    def assign(self, targets: Tensor) -> Tensor:
+        """The same, past what hangs on the module."""
         return nearest_codewords(targets, self.sums / self.counts.unsqueeze(-1))
 
     @torch.no_grad()
@@ -99,8 +104,15 @@ class SpidrPredictionHeads(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(config.num_codebooks, config.codebook_size))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """K x N x H (each head its own input) or N x H (all heads the same) -> logits K x N x V."""
+    def forward(self, hidden_states: Tensor | Sequence[Tensor], numbers: Sequence[int] | None = None) -> Tensor:
+        """K x N x H (each head its own input) or N x H (all heads the same) -> logits K x N x V.
+
+        `numbers`: only these heads, counted from 0, each on its own entry of `hidden_states` (... x H).
+        """
+        if numbers is not None:
+            pairs = zip(hidden_states, numbers, strict=True)
+            return torch.stack([F.linear(x, self.weight[number], self.bias[number]) for x, number in pairs])
+        assert isinstance(hidden_states, Tensor)
         if hidden_states.dim() == 2:
             logits = F.linear(hidden_states, self.weight.flatten(0, 1), self.bias.flatten())
             return logits.view(len(hidden_states), *self.bias.shape).transpose(0, 1)

@@ -2,8 +2,8 @@
 
 **Products.** On x86 `F.linear` in float32 goes to MKL, which is slower than oneDNN on some CPUs and cannot
 apply the GELU in the same pass. oneDNN is reached by the operator that the compiler uses for it. It has no gradient:
-where one is wanted, `_Product` gives it for float32 (in bfloat16 PyTorch takes oneDNN by itself). Any module that is
-more than a plain `nn.Linear` (quantised, wrapped, with hooks) takes the ordinary way.
+where one is wanted, `_Product` gives it for float32 (in bfloat16 PyTorch takes oneDNN by itself). A module that is
+more than a plain `nn.Linear` (quantised, wrapped, offloaded, with hooks) is called, and computes the same products.
 
 **Attention.** Two batched products, where PyTorch's fused form has no fast one: see `attends_by_products`.
 
@@ -16,7 +16,8 @@ import platform
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .plain_spidr import are_ordinary, call, is_plain, is_untouched, plain_mode
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _LEVELS = 1 << 16
@@ -33,11 +34,6 @@ def _onednn(dtype: torch.dtype = torch.float32) -> bool:
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
-
-
-def plain_mode() -> bool:
-    """Whether operations may be chosen by what is fastest here: nothing records or rewrites them for elsewhere."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -60,9 +56,11 @@ def onednn_takes(x: Tensor, *weights: Tensor | None) -> bool:
     dtype = product_dtype(x)
     if dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu" or not plain_mode() or not _onednn(dtype):
         return False
+    if not are_ordinary(*tensors):
+        return False
     autocast = torch.is_autocast_enabled("cpu")
     for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device != x.device:
+        if tensor.device != x.device:
             return False
         if tensor.dtype not in (torch.float32, torch.bfloat16) or (tensor.dtype != x.dtype and not autocast):
             return False
@@ -84,7 +82,7 @@ def row_pieces(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...] | None:
 
     What is made of a piece stays in the cache, and oneDNN chooses poor blocks for some numbers of rows above these.
     """
-    if not plain_mode() or not all(_is_plain(module) and fast_products(x, module.weight) for module in modules):
+    if not plain_mode() or not all(is_plain(module) and fast_products(x, module.weight) for module in modules):
         return None
     rows = x.numel() // x.shape[-1]
     pieces = -(-rows // (_PIECE_ROWS * torch.get_num_threads()))
@@ -93,16 +91,25 @@ def row_pieces(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...] | None:
 
 def linear(module: nn.Module, x: Tensor, activation: nn.Module | None = None) -> Tensor:
     """`activation(module(x))`, in one pass where that can be done and the activation is the exact GELU."""
-    fast = plain_mode() and _is_plain(module) and onednn_takes(x, module.weight, module.bias)
-    if fast and not _wants_gradient(x, module.weight, module.bias):
-        gelu = activation is not None and _is_exact_gelu(activation)
-        x = fast_product(x, module.weight, module.bias, gelu)
-        return x if gelu or activation is None else activation(x)
-    if fast and product_dtype(x) == torch.float32 == x.dtype == module.weight.dtype:
-        x = _Product.apply(x, module.weight, module.bias)
-    else:
+    if not plain_mode():
         x = module(x)
+    elif not is_plain(module):
+        x = call(module, x, F.linear, product)
+    elif activation is not None and _is_exact_gelu(activation) and fast_products(x, module.weight, module.bias):
+        return fast_product(x, module.weight, module.bias, gelu=True)
+    else:
+        x = product(x, module.weight, module.bias)
     return x if activation is None else activation(x)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, weight, bias)` in the form that is fastest on a CPU."""
+    if onednn_takes(x, weight, bias):
+        if not _wants_gradient(x, weight, bias):
+            return fast_product(x, weight, bias)
+        if product_dtype(x) == torch.float32 == x.dtype == weight.dtype:
+            return _Product.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class _Product(torch.autograd.Function):
@@ -133,18 +140,10 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum(0) if ctx.has_bias and need_bias else None
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """An `nn.Linear` that does what it says: no subclass, no replaced forward, no hooks."""
-    return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
-        and not (module._forward_hooks or module._forward_pre_hooks)
-    )
-
-
 def _is_exact_gelu(activation: nn.Module) -> bool:
-    """transformers' and PyTorch's GELU without approximation."""
-    return getattr(activation, "act", None) is F.gelu or getattr(activation, "approximate", None) == "none"
+    """transformers' and PyTorch's GELU without approximation, which nothing watches."""
+    exact = getattr(activation, "act", None) is F.gelu or getattr(activation, "approximate", None) == "none"
+    return exact and is_untouched(activation)
 
 
 def gelu_in_place(x: Tensor) -> Tensor:
@@ -261,6 +260,7 @@ __all__ = [
     "gelu_in_place",
     "linear",
     "onednn_takes",
+    "product",
     "product_attention",
     "product_dtype",
     "products_attend_faster",

@@ -11,6 +11,7 @@ HUB_FILES = (
     "feature_extraction_spidr.py",
     "triton_spidr.py",
     "kernels_spidr.py",
+    "plain_spidr.py",
     "cpu_spidr.py",
     "layers_spidr.py",
     "codebooks_spidr.py",

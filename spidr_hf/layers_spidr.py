@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.utils import _single
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -34,6 +35,7 @@ from .cpu_spidr import (
     strided_convolution,
 )
 from .kernels_spidr import grouped_conv1d, kernels_run, norm_gelu
+from .plain_spidr import call, is_plain, is_untouched, plain_mode
 
 # Samples of a batch that the extractor takes at a time where no gradient is needed: about 80 MB of activations in
 # float32 on CPU (smaller pieces are slower), and enough to fill a GPU.
@@ -119,16 +121,22 @@ def conv1d_channels_last(
         windows = F.pad(x.reshape(-1), (0, max(kernel - stride, 0))).unfold(0, kernel, stride)
         matrix = weight.view(out_channels, kernel)
         out = fast_product(windows.contiguous(), matrix, bias) if fast else F.linear(windows, matrix, bias)
-    elif torch.compiler.is_compiling():
-        # The compiler does better with the plain formula. Padding keeps the row length the other form has.
-        x = F.pad(x.transpose(1, 2), (0, max(kernel - stride, 0)))
-        return F.conv1d(x, weight, bias, stride).transpose(1, 2)
     elif fast:
         taps = convolution_taps(weight, stride, x.dtype) if taps is None else taps
         out = strided_convolution(x.reshape(batch * length, channels), taps, bias, stride)
     else:
         out = _StridedConv1d.apply(x.reshape(batch * length, channels), weight, bias, stride)
     return out.view(batch, length // stride, out_channels)
+
+
+def _exact_conv1d(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    """`F.conv1d` as `conv1d_channels_last` computes it, B x C x T -> B x O x T', all of it meaningful."""
+    if _single(padding) != (0,) or _single(dilation) != (1,) or groups != 1:
+        return F.conv1d(x, weight, bias, stride, padding, dilation, groups)
+    (stride,) = _single(stride)
+    length = conv_output_length(x.shape[2], weight.shape[2], stride)
+    rows = F.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[2] % stride))
+    return conv1d_channels_last(rows, weight, bias, stride)[:, :length].transpose(1, 2)
 
 
 class SpidrConvLayer(nn.Module):
@@ -148,42 +156,76 @@ class SpidrConvLayer(nn.Module):
         else:
             self.layer_norm = None
         self.activation = ACT2FN[config.feat_extract_activation]
+        self.norms_over_time = config.feat_extract_norm == "group" and index == 0
         self.fuses = config.feat_extract_norm == "layer" and config.feat_extract_activation == "gelu"
 
+    def is_plain(self) -> bool:
+        """Whether nothing hangs on the layer or in it: then its weights may be read, and it may run in pieces."""
+        read = [self.conv] if self.layer_norm is None else [self.conv, self.layer_norm]
+        return is_untouched(*self.modules()) and all(is_plain(module) for module in read)
+
     def prepare_taps(self, x: Tensor) -> list[Tensor] | None:
-        """The weights as `forward` uses them on inputs like `x`, for several calls; None where it takes its own."""
+        """The weights as a plain layer uses them on inputs like `x`, for several calls; None where it takes its own."""
         weight = self.conv.weight
         if weight.shape[1] == 1 or not fast_products(x, weight, self.conv.bias):
             return None
         return convolution_taps(weight, self.conv.stride[0], product_dtype(x))
 
     def forward(
-        self, hidden_states: Tensor, length: int, lengths: Tensor | None, taps: list[Tensor] | None = None
+        self,
+        hidden_states: Tensor,
+        lengths: Tensor | None = None,
+        length: int | None = None,
+        taps: list[Tensor] | None = None,
     ) -> Tensor:
-        """B x T x C (T a multiple of the stride) -> B x T/stride x O.
+        """B x T x C -> B x T' x O.
 
-        `length` counts the valid outputs of the longest row, `lengths` (B) those of each row where rows differ; only
-        the group norm, which normalises over time, needs them. `taps`: see `prepare_taps`.
+        Args:
+            lengths: B, the outputs of each row that are no padding, where rows differ; only the group norm, which
+                normalises over time, needs them.
+            length: how many of the T' outputs mean anything, of a plain layer whose rows lie end to end (T is a
+                multiple of the stride, and T' is T / stride). Without it all do.
+            taps: see `prepare_taps`.
         """
-        hidden_states = conv1d_channels_last(hidden_states, self.conv.weight, self.conv.bias, self.conv.stride[0], taps)
-        if self.fuses and kernels_run(hidden_states):
-            return norm_gelu(hidden_states, self.layer_norm.weight, self.layer_norm.bias, self.layer_norm.eps)
-        if isinstance(self.layer_norm, nn.LayerNorm):
-            hidden_states = self.layer_norm(hidden_states)
-        elif self.layer_norm is not None:
-            hidden_states = _group_norm(hidden_states, self.layer_norm, length, lengths)
-        return gelu_in_place(hidden_states) if self.fuses else self.activation(hidden_states)
+        conv, norm, read = self.conv, self.layer_norm, length is not None
+        if read:
+            hidden_states = conv1d_channels_last(hidden_states, conv.weight, conv.bias, conv.stride[0], taps)
+        elif plain_mode():
+            # Contiguous, since the GELU of a view has other last digits.
+            hidden_states = call(conv, hidden_states.transpose(1, 2), F.conv1d, _exact_conv1d)
+            hidden_states = hidden_states.transpose(1, 2).contiguous()
+        else:
+            hidden_states = conv(hidden_states.transpose(1, 2)).transpose(1, 2)
+        if self.fuses and kernels_run(hidden_states) and is_plain(norm) and is_untouched(self.activation):
+            return norm_gelu(hidden_states, norm.weight, norm.bias, norm.eps)
+        if self.norms_over_time:
+            hidden_states = _group_norm(hidden_states, norm, length, lengths)
+        elif norm is not None:
+            hidden_states = norm(hidden_states)
+        return gelu_in_place(hidden_states) if self.fuses and read else self.activation(hidden_states)
 
 
-def _group_norm(x: Tensor, norm: nn.GroupNorm, length: int, lengths: Tensor | None) -> Tensor:
-    """GroupNorm with a group per channel over the valid frames of each row of B x T x C, in float32.
+def _group_norm(x: Tensor, norm: nn.Module, length: int | None, lengths: Tensor | None) -> Tensor:
+    """GroupNorm with a group per channel over the first `length` frames of B x T x C, `lengths` (B) of each row.
 
     torch's own would let padding into the statistics, so that a row would depend on its neighbours' lengths.
     """
-    with torch.autocast(x.device.type, enabled=False):
+
+    def form(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return _norm_over_time(x.transpose(1, 2), weight, bias, eps, length, lengths).transpose(1, 2)
+
+    if is_plain(norm):
+        return _norm_over_time(x, norm.weight, norm.bias, norm.eps, length, lengths)
+    return call(norm, x.transpose(1, 2), F.group_norm, form).transpose(1, 2)
+
+
+def _norm_over_time(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, length: int | None, lengths: Tensor | None
+) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # float32 whatever the dtype of `x`
         mean, var = masked_var_mean(x[:, :length].float(), lengths)
-        scale = norm.weight.float() * torch.rsqrt(var + norm.eps)
-        return torch.addcmul(norm.bias.float() - mean * scale, x, scale).to(x.dtype)
+        scale = weight.float() * torch.rsqrt(var + eps)
+        return torch.addcmul(bias.float() - mean * scale, x, scale).to(x.dtype)
 
 
 def masked_var_mean(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -214,8 +256,9 @@ class SpidrFeatureEncoder(nn.Module):
         """`lengths` (B): valid samples of each row, None when every row is full."""
         batch, samples = input_values.shape
         config, stride = self.config, self.config.inputs_to_logits_ratio
-        trains = torch.is_grad_enabled() and (input_values.requires_grad or self._trains())
-        if trains or config.feat_extract_norm == "group" or torch.compiler.is_compiling():
+        if not plain_mode() or not all(layer.is_plain() for layer in self.conv_layers):
+            return self._convolve_exactly(input_values, lengths)
+        if config.feat_extract_norm == "group" or (torch.is_grad_enabled() and self._trains(input_values)):
             return self._convolve(input_values, lengths)
         taps = [layer.prepare_taps(input_values) for layer in self.conv_layers]
         # A frame sees nothing outside its receptive field, so pieces give exactly what the whole gives, and the first
@@ -231,8 +274,18 @@ class SpidrFeatureEncoder(nn.Module):
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
-    def _trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.parameters())
+    def _trains(self, input_values: Tensor) -> bool:
+        return input_values.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+
+    def _convolve_exactly(self, input_values: Tensor, lengths: Tensor | None) -> Tensor:
+        """Layer after layer as they stand, every module called once."""
+        hidden_states = input_values.unsqueeze(-1)
+        for layer, kernel, stride in zip(
+            self.conv_layers, self.config.conv_kernel, self.config.conv_stride, strict=True
+        ):
+            lengths = None if lengths is None else conv_output_length(lengths, kernel, stride)
+            hidden_states = layer(hidden_states, lengths)
+        return hidden_states
 
     def _convolve(
         self, input_values: Tensor, lengths: Tensor | None, taps: list[list[Tensor] | None] | None = None
@@ -246,7 +299,7 @@ class SpidrFeatureEncoder(nn.Module):
         ):
             length = conv_output_length(length, kernel, stride)
             lengths = None if lengths is None else conv_output_length(lengths, kernel, stride)
-            hidden_states = layer(hidden_states, length, lengths, matrices)
+            hidden_states = layer(hidden_states, lengths, length, matrices)
         return hidden_states[:, :length]
 
 
@@ -260,6 +313,23 @@ class SpidrFeatureProjection(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return linear(self.projection, self.layer_norm(features))
+
+
+def _convolve_frames(conv: nn.Module, x: Tensor) -> Tensor:
+    """Grouped convolution of B x T x H that keeps the length; an even kernel looks back one frame further."""
+    if is_plain(conv):
+        return grouped_conv1d(x, conv.weight, conv.bias, conv.groups)
+    x, length = x.transpose(1, 2), x.shape[1]
+    x = call(conv, x, F.conv1d, _conv1d_as_images) if plain_mode() else conv(x)
+    return x[:, :, :length].transpose(1, 2)
+
+
+def _conv1d_as_images(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    """`F.conv1d`, B x C x T -> B x O x T', as `plain_grouped_conv1d` computes it."""
+    if isinstance(padding, str):
+        return F.conv1d(x, weight, bias, stride, padding, dilation, groups)
+    sizes = (1, *_single(stride)), (0, *_single(padding)), (1, *_single(dilation))
+    return F.conv2d(x.unsqueeze(2), weight.unsqueeze(2), bias, *sizes, groups).squeeze(2)
 
 
 class SpidrPositionalConvEmbedding(nn.Module):
@@ -292,8 +362,8 @@ class SpidrPositionalConvEmbedding(nn.Module):
         for conv in self.convs:
             if keep is not None:
                 hidden_states = hidden_states * keep
-            hidden_states = grouped_conv1d(hidden_states, conv.weight, conv.bias, conv.groups)
-            if self.fuses and kernels_run(hidden_states):
+            hidden_states = _convolve_frames(conv, hidden_states)
+            if self.fuses and kernels_run(hidden_states) and is_untouched(self.activation):
                 hidden_states = norm_gelu(hidden_states, None, None, self.eps)
                 continue
             if self.norm:
@@ -372,7 +442,9 @@ class SpidrFeedForward(nn.Module):
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        pieces = row_pieces(hidden_states, self.intermediate_dense, self.output_dense)
+        pieces = None
+        if is_untouched(self.activation, self.dropout):
+            pieces = row_pieces(hidden_states, self.intermediate_dense, self.output_dense)
         if pieces is not None:
             return torch.cat([self._transform(piece) for piece in pieces]).view(hidden_states.shape)
         return self._transform(hidden_states)
@@ -477,6 +549,9 @@ class SpidrEncoder(nn.Module):
         if not self.config.do_stable_layer_norm:
             hidden_states = self.layer_norm(hidden_states)
         hidden_states = embeddings = self.dropout(hidden_states)
+        if self.training and torch.is_grad_enabled() and not hidden_states.requires_grad and self._checkpoints():
+            # Re-entrant checkpointing gives what is inside no gradients otherwise, as where only adapters train.
+            hidden_states.requires_grad_()
         attention_mask = self._attention_mask(hidden_states, frame_mask, output_attentions)
 
         representations, outputs, attentions = [], [], []
@@ -504,6 +579,9 @@ class SpidrEncoder(nn.Module):
         if self.config.do_stable_layer_norm and hidden_states is not None and num_layers == len(self.layers):
             hidden_states = self.layer_norm(hidden_states)
         return SpidrEncoderOutput(hidden_states, representations, outputs, embeddings, attentions)
+
+    def _checkpoints(self) -> bool:
+        return any(layer.gradient_checkpointing for layer in self.layers)
 
     def _attention_mask(self, hidden_states: Tensor, frame_mask: Tensor | None, output_attentions: bool):
         if frame_mask is None:

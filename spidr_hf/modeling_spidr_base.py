@@ -18,6 +18,7 @@ from .layers_spidr import (
     SpidrAttention,
     SpidrConvLayer,
     SpidrEncoder,
+    SpidrEncoderOutput,
     SpidrFeatureEncoder,
     SpidrFeatureProjection,
     SpidrFeedForward,
@@ -78,6 +79,15 @@ class SpidrPreTrainedModel(PreTrainedModel):
         elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> None:
+        """None: audio has no embeddings of tokens. Asked for by peft and by quantisation."""
+
+    def get_output_embeddings(self) -> None:
+        """None, as there are no input embeddings: a CTC head is a layer like any other."""
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: the encoder sees to it that adapters in checkpointed layers get gradients."""
 
     def _set_trainable(self) -> None:
         """Hook: `requires_grad` of parameters that never train. Loading sets all of them to True."""
@@ -165,10 +175,12 @@ class SpidrModel(SpidrPreTrainedModel):
                         f"A row of the batch holds {shortest} samples: one frame needs {needed}. Leave it out."
                     )
                 lengths = None if shortest == samples else lengths
-        features = self.feature_extractor(
-            input_values.to(self.feature_extractor.conv_layers[0].conv.weight.dtype), lengths
-        )
+        features = self.feature_extractor(input_values.to(self._input_dtype()), lengths)
         return features, None if lengths is None else frame_lengths(self.config, lengths)
+
+    def _input_dtype(self) -> torch.dtype:
+        parameters = self.feature_extractor.conv_layers[0].parameters()
+        return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), self.dtype)
 
     def project(self, features: Tensor) -> Tensor:
         """Features B x T x conv_dim[-1] -> B x T x H, without dropout."""
@@ -198,13 +210,15 @@ class SpidrModel(SpidrPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_values: Tensor,
+        input_values: Tensor | None,
         attention_mask: Tensor | None = None,
         mask_time_indices: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        *,
+        projected: Tensor | None = None,
         **kwargs,
-    ) -> Wav2Vec2BaseModelOutput:
+    ) -> Wav2Vec2BaseModelOutput | SpidrEncoderOutput:
         """
         Args:
             input_values: B x S, standardised waveforms (16 kHz) as [`SpidrFeatureExtractor`] makes them.
@@ -213,11 +227,16 @@ class SpidrModel(SpidrPreTrainedModel):
                 frames during training (`apply_spec_augment`).
             output_hidden_states: also return the L + 1 hidden states: the encoder's input and every layer's output.
             output_attentions: also return the attention weights (computed by the eager form).
+            projected: for objectives, which look at the projection first: B x T x H, `project`ed, in place of
+                `input_values`. The other arguments are then the encoder's, and its output is returned.
 
         Returns `last_hidden_state` (B x T x H), `extract_features` (B x T x conv_dim[-1]: the last convolution's
         output before the projection's norm), `hidden_states`, `attentions`.
         """
         config = self.config
+        if projected is not None:
+            hidden_states = projected if mask_time_indices is None else self.mask_frames(projected, mask_time_indices)
+            return self.encoder(hidden_states, output_attentions=output_attentions, **kwargs)
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         features, lengths = self.extract_features(input_values, attention_mask)

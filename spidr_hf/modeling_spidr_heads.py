@@ -282,10 +282,8 @@ class SpidrForXVector(SpidrHeadModel):
         self.projector = nn.Linear(config.hidden_size, config.tdnn_dim[0])
         in_channels = (config.tdnn_dim[0], *config.tdnn_dim[:-1])
         self.tdnn = nn.ModuleList(
-            nn.Conv1d(i, o, kernel, dilation=dilation)
-            for i, o, kernel, dilation in zip(
-                in_channels, config.tdnn_dim, config.tdnn_kernel, config.tdnn_dilation, strict=True
-            )
+            nn.Conv1d(i, o, kernel)
+            for i, o, kernel in zip(in_channels, config.tdnn_dim, config.tdnn_kernel, strict=True)
         )
         self.embedding = nn.Linear(2 * config.tdnn_dim[-1], config.xvector_output_dim)
         self.classifier = nn.Linear(config.xvector_output_dim, config.xvector_output_dim)
@@ -314,8 +312,8 @@ class SpidrForXVector(SpidrHeadModel):
         hidden_states, others = self._encode(input_values, attention_mask, output_hidden_states, output_attentions)
         lengths = self._tdnn_lengths(hidden_states.shape[1], attention_mask)
         hidden_states = self.projector(hidden_states).transpose(1, 2)
-        for conv in self.tdnn:
-            hidden_states = F.relu(conv(hidden_states))
+        for conv, kernel, dilation in zip(self.tdnn, self.config.tdnn_kernel, self.config.tdnn_dilation, strict=True):
+            hidden_states = F.relu(_dilated(conv, hidden_states, kernel, dilation))
         embeddings = self.embedding(self._pool(hidden_states.transpose(1, 2), lengths))
         logits = self.classifier(embeddings)
         loss = None
@@ -356,6 +354,19 @@ class SpidrForXVector(SpidrHeadModel):
             # Channels that the ReLU silenced are constant, and sqrt has no gradient at 0.
             pooled = torch.cat([mean, unbiased.clamp(min=1e-10).sqrt()], dim=-1)
         return pooled.squeeze(1).to(hidden_states.dtype)
+
+
+def _dilated(conv: nn.Module, x: Tensor, kernel: int, dilation: int) -> Tensor:
+    """`conv` over every `dilation`-th frame of B x C x T -> B x O x T - (kernel - 1) * dilation.
+
+    It knows no dilation itself, so that peft's adapters, which have none either, fit beside it.
+    """
+    batch, _, length = x.shape
+    if dilation == 1:
+        return conv(x)
+    rows = F.pad(x, (0, -length % dilation)).unflatten(2, (-1, dilation)).permute(0, 3, 1, 2)
+    out = conv(rows.flatten(0, 1)).unflatten(0, (batch, dilation)).permute(0, 2, 3, 1).flatten(2)
+    return out[:, :, : length - (kernel - 1) * dilation]
 
 
 def _check_labels(labels: Tensor, size: int, field: str) -> None:

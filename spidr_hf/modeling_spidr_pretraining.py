@@ -75,13 +75,16 @@ class _CodebookPredictions:
         lengths: Tensor | None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        mask: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> SpidrEncoderOutput:
         """Student encoder, with what the heads read at the frames `rows` and nothing that no one reads."""
         spidr_objective = self.config.objective == "spidr"
-        return self.spidr.encoder(
-            hidden_states,
-            frame_mask(lengths, hidden_states.shape[1]),
+        return self.spidr(
+            None,
+            projected=hidden_states,
+            mask_time_indices=mask,
+            frame_mask=frame_mask(lengths, hidden_states.shape[1]),
             first_representation=self.config.first_codebook_layer if spidr_objective else None,
             output_layers=output_hidden_states,
             output_attentions=output_attentions,
@@ -215,16 +218,15 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
             raise ValueError("`mask_time_indices` masks no frame, so there is nothing to predict.")
 
         targets = self._targets(projected, lengths, rows)
-        labels = self.codebooks.assign(targets)
+        labels = self.codebooks(targets)
 
         student = F.dropout(projected, config.feat_proj_dropout, self.training)
-        if mask is not None:
-            student = self.spidr.mask_frames(student, mask)
         output = self._encode(
             student,
             lengths,
             output_hidden_states=bool(output_hidden_states),
             output_attentions=bool(output_attentions),
+            mask=mask,
             rows=None if mask is None else rows,
         )
         logits = self._logits(output, rows)
@@ -265,7 +267,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         features, lengths = self.spidr.extract_features(input_values, attention_mask)
         batch, length, _ = features.shape
         rows = torch.arange(batch * length, device=features.device)
-        labels = self.codebooks.assign(self._targets(self.spidr.project(features), lengths, rows))
+        labels = self.codebooks(self._targets(self.spidr.project(features), lengths, rows))
         return _fill_padding(labels.view(-1, batch, length).transpose(0, 1), frame_mask(lengths, length))
 
     def _accumulate(self, labels: Tensor, targets: Tensor, layer_losses: Tensor, predictions: Tensor) -> None:

@@ -127,24 +127,6 @@ def test_feed_forward_in_pieces(monkeypatch):
 
 
 @torch.no_grad()
-def test_modules_that_do_more_are_called(forbidden):
-    x = torch.randn(3, 8)
-
-    class Wrapped(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) + 1
-
-    wrapped = Wrapped(8, 4)
-    assert torch.equal(linear(wrapped, x), wrapped(x))
-    hooked = nn.Linear(8, 4)
-    hooked.register_forward_hook(lambda module, inputs, output: output + 1)
-    assert torch.equal(linear(hooked, x), F.linear(x, hooked.weight, hooked.bias) + 1)
-    replaced = nn.Linear(8, 4)
-    replaced.forward = lambda x: torch.zeros(3, 4)
-    assert linear(replaced, x).sum() == 0
-
-
-@torch.no_grad()
 def test_nothing_that_records_sees_the_operator(forbidden):
     module, x = nn.Linear(8, 4), torch.randn(3, 8)
     from torch.utils.flop_counter import FlopCounterMode

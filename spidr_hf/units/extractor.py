@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
@@ -108,8 +107,9 @@ def _logits(model: PreTrainedModel, layers: Sequence[int]) -> Outputs:
             inputs = model.base_model.get_intermediate_outputs(input_values, attention_mask, num_layers=layers[-1])
         else:
             inputs = [model.base_model(input_values, attention_mask).last_hidden_state] * layers[-1]
-        heads, first = model.heads, config.first_codebook_layer
-        return {n: F.linear(inputs[n - 1], heads.weight[n - first], heads.bias[n - first]).float() for n in layers}
+        first = config.first_codebook_layer
+        logits = model.heads([inputs[n - 1] for n in layers], [n - first for n in layers])
+        return dict(zip(layers, logits.float(), strict=True))
 
     return outputs
 
