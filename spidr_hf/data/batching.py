@@ -130,6 +130,7 @@ class BucketSampler(Sampler[BatchKey]):
         if bucket_method not in BUCKET_METHODS:
             raise ValueError(f"`bucket_method` must be one of {', '.join(BUCKET_METHODS)}, got {bucket_method!r}.")
         num_samples = np.asarray(num_samples)
+        self._whole, self._all_shares = num_samples, shares
         self.utterances = np.flatnonzero(num_samples >= min_sample_size)
         if len(self.utterances) == 0:
             longest = num_samples.max() if len(num_samples) else 0
@@ -191,6 +192,21 @@ class BucketSampler(Sampler[BatchKey]):
         """Audio in an epoch, in hours."""
         samples = self.lengths.sum() if self._shares is None else self.lengths @ self._shares
         return float(samples) / SAMPLING_RATE / 3600
+
+    @property
+    def heard_share(self) -> float:
+        """Share of all audio (too short and cropped away included) that the first epoch puts into its batches.
+
+        Crops are drawn anew in every epoch, so more epochs hear more of long recordings.
+        """
+        lengths, batches = np.zeros(len(self._whole), dtype=np.int64), self._epoch(0)
+        lengths[self.utterances] = self.lengths
+        heard = 0
+        for batch in batches:
+            inside = lengths[batch]
+            heard += int(inside.sum()) if self.padding else len(batch) * int(inside.min())
+        weights = 1.0 if self._all_shares is None else self._all_shares
+        return heard / float((self._whole * weights).sum())
 
     def __str__(self) -> str:
         dropped = f", {self.num_dropped} too short" if self.num_dropped else ""

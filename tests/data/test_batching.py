@@ -184,3 +184,18 @@ def test_batches_are_those_of_the_recorded_run():
 
 def test_it_says_what_it_has():
     assert str(sampler([16_000] * 225 + [100])) == "225 utterances, 1 too short, 0.06 h; 19 updates per epoch"
+
+
+def test_the_share_of_the_audio_that_an_epoch_hears():
+    second = 16_000
+    hour = {"min_sample_size": 2_000, "max_sample_size": 20 * second, "max_batch_length": 60 * second}
+    # An hour of which 20 s are heard; and 20 s that are heard whole.
+    assert sampler([3_600 * second], **hour).heard_share == pytest.approx(20 / 3_600)
+    assert sampler([20 * second] * 5, **hour).heard_share == 1
+    # What is too short counts as not heard, and so does what a batch is cropped by.
+    assert sampler([1_000, 9_000], **BASE).heard_share == pytest.approx(0.9)
+    assert sampler([9_000, 10_000], **BASE, bucket_method="uniform").heard_share == pytest.approx(18 / 19)
+    assert sampler([9_000, 10_000], **BASE, padding=True).heard_share == 1
+    # A source that comes in every other epoch is whole when that is all of it.
+    shares = np.full(len(LENGTHS), 0.5)
+    assert sampler(shares=shares, padding=True).heard_share == pytest.approx(sampler(padding=True).heard_share, abs=0.1)
