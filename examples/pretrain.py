@@ -41,6 +41,7 @@ import gc
 import logging
 import os
 import sys
+from itertools import chain, islice
 from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
@@ -59,6 +60,7 @@ from spidr_hf.data.open import open_source
 from spidr_hf.kernels_spidr import use_kernels
 from spidr_hf.pretraining.config import PretrainingConfig, describe_fields, load_config
 from spidr_hf.pretraining.dry_run import dry_run
+from spidr_hf.pretraining.forgetting import forget
 from spidr_hf.pretraining.hub_push import HubPush
 from spidr_hf.pretraining.loaders import make_data_loader
 from spidr_hf.pretraining.reporter import Reporter
@@ -189,6 +191,12 @@ def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
 
     if validation is not None:
         reporter.pause(validation(state.step, model, reporter.say))
+    if config.run.active_forgetting and state.step == 0 and batches is not None:
+        first = list(islice(batches, accumulation))
+        seeds = [dropout_seed(config.run.random_seed, batch.key) for batch in first]
+        looked_at = ((seed, move(batch).inputs) for seed, batch in zip(seeds, first, strict=True))
+        forget(model, looked_at, precision, config.run.random_seed)
+        batches = chain(first, batches)
     for step in range(state.step + 1, max_steps + 1):
         profiler.before(step)
         lr = learning_rate(config.optimizer, step)

@@ -65,13 +65,21 @@ class SpidrCodebooks(KeepFloat32):
         self.register_buffer("counts", torch.empty(shape, dtype=torch.float32))
 
     def reset(self) -> None:
-        """Initial state: counts of 1, sums standard normal and normalised over the codewords for each dimension."""
-        sums = torch.randn(self.sums.shape, dtype=torch.float32, device=self.sums.device)
+        """Initial state: counts of 1, and sums as they are drawn."""
+        init.copy_(self.sums, self.draw())
+        init.ones_(self.counts)
+
+    def draw(self, generator: torch.Generator | None = None) -> Tensor:
+        """Initial sums K x V x H: standard normal, normalised over the codewords for each dimension.
+
+        They lie where the generator does; without one, where the codebooks do.
+        """
+        device = self.sums.device if generator is None else generator.device
+        sums = torch.randn(self.sums.shape, dtype=torch.float32, device=device, generator=generator)
         if sums.numel() and not sums.is_meta:
             var, mean = torch.var_mean(sums, dim=1, correction=0, keepdim=True)
             sums = (sums - mean) * torch.rsqrt(var + 1e-5)
-        init.copy_(self.sums, sums)
-        init.ones_(self.counts)
+        return sums
 
     def forward(self, targets: Tensor) -> Tensor:
         """Nearest codeword in L2 distance of targets K x N x H: labels K x N."""

@@ -18,7 +18,15 @@ from typing import Any
 from ..configuration_spidr import OBJECTIVES, SpidrConfig
 from ..data.open import is_streamable
 from ..data.sections import DataSection, MaskingSection
-from ..hub.spidr_names import MODEL_SECTION_FIELDS, SPIDR_FIELDS, SPIDR_ONLY_FIELDS, to_model_section, to_spidr_config
+from ..hub.spidr_names import (
+    ADAPT_FIELDS,
+    MODEL_SECTION_FIELDS,
+    MODEL_TYPES,
+    SPIDR_FIELDS,
+    SPIDR_ONLY_FIELDS,
+    to_model_section,
+    to_spidr_config,
+)
 from ..system.errors import ConfigError
 from ..system.fields import (
     NOT_NEGATIVE,
@@ -58,6 +66,11 @@ class RunSection:
         None,
         "start from these weights, codebooks and teacher: a SpidR .pt file or a model folder; steps, schedules and "
         "freeze begin at 0",
+    )
+    active_forgetting: bool = option(
+        False,
+        "ours: before the first update draw codebooks and heads anew and fit the heads to them, as SpidR-Adapt does "
+        "when it adapts a model to another language (arXiv 2512.21204)",
     )
     compile: bool = option(
         True,
@@ -145,6 +158,18 @@ class PretrainingConfig:
         return dump_toml(self.to_dict())
 
 
+@dataclass
+class MetaUpdateSection:
+    """`[meta_update]` of a SpidR-Adapt configuration, as far as it means adapting a model."""
+
+    task_interval: int | None = option(
+        None,
+        "of SpidR-Adapt: beyond `optimizer.max_steps` the same as `run.active_forgetting`; within them it would be "
+        "meta-training, which there is not here",
+        **POSITIVE,
+    )
+
+
 _SECTIONS = {"run": RunSection, "data": DataSection, "optimizer": OptimizerSection, "masking": MaskingSection}
 _NO_MEANING = {
     "run": ("workdir",),
@@ -210,8 +235,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainingC
 def make_config(sections: Mapping[str, Mapping[str, Any]]) -> PretrainingConfig:
     """Configuration from sections as a TOML file holds them (see `load_config`)."""
     for name in sections:
-        if name not in _known_sections():
+        if name not in (*_known_sections(), "meta_update"):
             raise ConfigError(f"Unknown section [{name}].{hint(name, _known_sections())}")
+    sections = {**sections, "data": _with_manifest(sections.get("data", {}))}
     built = {name: make_section(cls, name, sections.get(name, {})) for name, cls in _SECTIONS.items()}
     inherited = {name: value for name, value in sections.get("data", {}).items() if name in INHERITED}
     validation = {
@@ -222,11 +248,14 @@ def make_config(sections: Mapping[str, Mapping[str, Any]]) -> PretrainingConfig:
     model_section = {name: parsed(value) for name, value in sections.get("model", {}).items()}
     run = built["run"]
     notes = []
+    if "meta_update" in sections:
+        run.active_forgetting |= _forgets(sections["meta_update"], built["optimizer"])
     if "model_type" not in sections.get("run", {}):
         # SpidR's code falls back to dinosr, whose [model] has no such fields.
         if any(name in model_section for name in SPIDR_ONLY_FIELDS):
             run.model_type = "spidr"
         notes.append(f"`run.model_type` is not given: the objective is {run.model_type}.")
+    run.model_type = MODEL_TYPES.get(run.model_type, run.model_type)
     if run.model_type not in OBJECTIVES:
         raise ConfigError(
             f"`run.model_type` must be one of {', '.join(map(repr, OBJECTIVES))}, got {run.model_type!r}."
@@ -286,6 +315,35 @@ def describe_fields() -> str:
 
 def _known_sections() -> tuple[str, ...]:
     return ("run", "data", "model", "optimizer", "masking", "validation")
+
+
+def _with_manifest(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`[data]` with SpidR-Adapt's `ssl.manifest` under the name that it has here."""
+    if "ssl" not in data:
+        return dict(data)
+    speech = data["ssl"] if isinstance(data["ssl"], Mapping) else {}
+    if unknown := [f"`data.ssl.{name}`" for name in speech if name != "manifest"]:
+        raise ConfigError(f"{', '.join(unknown)}: of SpidR-Adapt's `data.ssl` only `manifest` has a meaning here.")
+    if "manifest" not in speech or data.get("manifest") is not None:
+        raise ConfigError("`data.ssl` of SpidR-Adapt must be a table with `manifest`, in place of `data.manifest`.")
+    return {name: value for name, value in data.items() if name != "ssl"} | {"manifest": speech["manifest"]}
+
+
+def _forgets(meta_update: Mapping[str, Any], optimizer: OptimizerSection) -> bool:
+    """Whether `[meta_update]` means to forget once, at the start; all else that it can mean is refused."""
+    if unknown := [f"`meta_update.{name}`" for name in meta_update if name != "task_interval"]:
+        raise ConfigError(
+            f"{', '.join(unknown)}: this is SpidR-Adapt's meta-training, which there is not here. Only `task_interval` "
+            "beyond `optimizer.max_steps`, which means adapting a model, is read."
+        )
+    interval = make_section(MetaUpdateSection, "meta_update", meta_update).task_interval
+    if interval is not None and interval <= optimizer.max_steps:
+        raise ConfigError(
+            f"`meta_update.task_interval` ({interval}) lies within the {optimizer.max_steps} steps of "
+            "`optimizer.max_steps`: that is SpidR-Adapt's meta-training, which there is not here. To adapt a model, "
+            "make it larger, or set `run.active_forgetting = true` without [meta_update]."
+        )
+    return interval is not None
 
 
 def _is_step_range(value: str) -> bool:
@@ -354,6 +412,7 @@ def _without_meaning(sections: Mapping[str, Mapping[str, Any]], config: Pretrain
         for name in sections.get(section, {})
         if name in names
     ]
+    ignored += [f"model.{name}" for name in ADAPT_FIELDS if name in sections.get("model", {})]
     if config.model.objective == "dinosr":
         ignored += [f"model.{name}" for name in SPIDR_ONLY_FIELDS if name in sections.get("model", {})]
     for name, values in sections.get("validation", {}).items():

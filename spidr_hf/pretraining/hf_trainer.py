@@ -50,7 +50,7 @@ from ..data.batching import BatchKey
 from ..data.sources import AudioSource
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..modeling_spidr_pretraining import SpidrForPretraining, SpidrForPretrainingOutput
-from ..system.errors import AudioError
+from ..system.errors import AudioError, ConfigError
 from ..training.metrics import Averages, curves
 from ..training.schedules import learning_rate
 from ..training.sharding import global_norm
@@ -213,6 +213,8 @@ class UpdateCollator:
     """An item of `UpdateBatches` as the model's inputs, with `labels` to count and the seed of its dropout."""
 
     def __init__(self, config: PretrainingConfig):
+        if config.run.active_forgetting:
+            raise ConfigError("`run.active_forgetting` is done by examples/pretrain.py, not by transformers' Trainer.")
         self.model, self.seed = config.model, config.run.random_seed
 
     def __call__(self, items: Sequence[Batch]) -> dict[str, Tensor | int]:

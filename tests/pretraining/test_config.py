@@ -209,6 +209,69 @@ def test_paths_are_looked_for_here_then_beside_the_file(path, tmp_path, monkeypa
     assert load(path).data.manifest == "train.csv"
 
 
+# As SpidR-Adapt's tools take it for adapting a model.
+ADAPT_TOML = """
+[run]
+model_type = "spidr_reset"
+init_ckpt = "step_200000.pt"
+
+[data]
+ssl.manifest = "language.csv"
+max_batch_length = 320000
+
+[model]
+codebook_decay = 0.8
+ema_start_decay = 1.0
+freeze_step = 0
+adapt_heads = true
+
+[optimizer]
+lr = 5e-6
+scheduler = "constant"
+max_steps = 8000
+warmup_steps = 600
+
+[meta_update]
+task_interval = 1000000
+"""
+
+
+def test_an_unmodified_file_of_spidr_adapt(tmp_path):
+    path = tmp_path / "adapt.toml"
+    path.write_text(ADAPT_TOML)
+    config = load(path)
+    assert config.run.model_type == config.model.objective == "spidr" and config.run.active_forgetting
+    assert config.data.manifest == "language.csv" and config.model.freeze_step == 0
+    assert config.notes == ["These fields have no meaning here: model.adapt_heads."]
+    assert make_config(tomllib.loads(config.to_toml())).to_dict() == config.to_dict()
+    path.write_text(ADAPT_TOML.partition("[meta_update]")[0])
+    assert not load(path).run.active_forgetting
+    assert load(path, "--run.active_forgetting", "true").run.active_forgetting
+    assert load(path, "--meta_update.task_interval", "9000").run.active_forgetting
+    assert load(path, "--data.ssl.manifest", "other.csv").data.manifest == "other.csv"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("--meta_update.task_interval", "8000"), r"`meta_update\.task_interval` \(8000\).*meta-training"),
+        (("--meta_update.task_interval", "40"), r"`meta_update\.task_interval` \(40\).*run\.active_forgetting"),
+        (("--optimizer.max_steps", "2000000"), r"`meta_update\.task_interval`"),
+        (("--meta_update.task_interval", "0"), r"`meta_update\.task_interval` must be positive"),
+        (("--meta_update.task_interval", "often"), r"`meta_update\.task_interval` must be an integer"),
+        (("--meta_update.inner_lr", "0.1"), r"`meta_update\.inner_lr`: this is SpidR-Adapt's meta-training"),
+        (("--data.ssl.languages", "fr"), r"`data\.ssl\.languages`"),
+        (("--data.manifest", "both.csv"), r"`data\.ssl`.*in place of `data\.manifest`"),
+        (("--data.sl.manifest", "phones.csv"), r"Unknown field `data\.sl`"),
+        (("--run.model_type", "spidr_rest"), r"`run\.model_type` must be one of"),
+    ],
+)
+def test_what_of_spidr_adapt_is_refused_by_name(tmp_path, overrides, message):
+    (tmp_path / "adapt.toml").write_text(ADAPT_TOML)
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "adapt.toml", *overrides)
+
+
 def test_every_field_is_described():
     text = describe_fields()
     for name in ("gradient_accumulation_steps", "mask_prob", "max_skipped_share", "init_ckpt", "encoder_embed_dim"):
