@@ -20,6 +20,7 @@ from .tensors import check_finite, check_sizes, same_bits
 from .text_files import read_table, refuse_lfs_pointer
 from .unfinished import publish, unfinished, writing
 
+_INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 8 << 20  # of a safetensors file
 
 
@@ -75,6 +76,12 @@ def save_model(converted: Converted, folder: Path) -> None:
         raise ConversionError(f"Reading the written folder back gives other tensors: {', '.join(changed)}.")
 
 
+def is_model_folder(path: str | os.PathLike) -> bool:
+    """Whether a path is a folder with a configuration and weights as `save_pretrained` writes them."""
+    weights = ("model.safetensors", _INDEX)
+    return (Path(path) / "config.json").is_file() and any((Path(path) / name).exists() for name in weights)
+
+
 def load_folder(folder: str | os.PathLike, *, allow_non_finite: bool = False) -> tuple[SpidrConfig, dict[str, Tensor]]:
     """Configuration and tensors of a model folder, exactly as stored.
 
@@ -103,7 +110,7 @@ def load_folder(folder: str | os.PathLike, *, allow_non_finite: bool = False) ->
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder: the one, or those that its index names."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     if not index.is_file():
         return [folder / "model.safetensors"]
     places = read_table(index).get("weight_map")
@@ -139,4 +146,4 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-__all__ = ["check_free", "load_folder", "save_model", "whole_folder"]
+__all__ = ["check_free", "is_model_folder", "load_folder", "save_model", "whole_folder"]

@@ -336,7 +336,7 @@ def _memory_lines(
         "keeps_gradients": accelerator.num_processes > 1 or optimizer.gradient_accumulation_steps > 1,
         "gradient_checkpointing": bool(sharding and sharding.activation_checkpointing),
         "shards": accelerator.num_processes if sharding else 1,
-        "frozen": bool(checkpoint and checkpoint.state.step >= config.model.freeze_step),
+        "frozen": (checkpoint.state.step if checkpoint else 0) >= config.model.freeze_step,
     }
     fused = config.run.kernels and kernels_run(torch.empty(0, device=device))
     memory = training_memory(config.model, device=device.type, kernels=fused, **options)

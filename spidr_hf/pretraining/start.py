@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..configuration_spidr import SpidrConfig
 from ..conversion.checkpoints import read_config, read_pretraining_checkpoint
-from ..conversion.model_folder import load_folder
+from ..conversion.model_folder import is_model_folder, load_folder
 from ..conversion.sources import find_source
 from ..conversion.spidr_format import objective_of
 from ..conversion.tensors import check_tensors
@@ -30,7 +30,7 @@ def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tupl
     start = config.run.init_ckpt
     if start is None:
         return model, "Beginning with random weights."
-    if (Path(start) / "config.json").exists() and (Path(start) / "model.safetensors").exists():
+    if is_model_folder(start):
         stored, tensors = load_folder(start)
     else:
         stored, tensors = read_original(start, config)

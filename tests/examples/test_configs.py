@@ -5,10 +5,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tiny import tiny_model
 
+from spidr_hf.conversion.sources import published
+from spidr_hf.data.batches import min_samples
 from spidr_hf.pretraining.config import PretrainingConfig, load_config
 from spidr_hf.pretraining.memory import MASKED_SHARE, parameter_counts, training_memory
 from spidr_hf.pretraining.setup import small_batch_note
+from spidr_hf.training.schedules import learning_rate
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "configs"
 CONFIGS = sorted(FOLDER.glob("*.toml"))
@@ -39,7 +43,7 @@ def path(request) -> Path:
 def test_these_are_there():
     there = {path.stem for path in CONFIGS}
     assert there >= {BASE, f"{BASE}-16xa100", f"{BASE}-8gpus", f"{BASE}-1gpu", "dinosr-base-librispeech"}
-    assert there >= {"small-consumer-gpu", "adapt-to-language", "made-speech", "demo"}
+    assert there >= {"small-consumer-gpu", "adapt-to-language", "adapt-spidr-adapt", "made-speech", "demo"}
 
 
 def test_nothing_in_it_is_without_effect(path):
@@ -67,6 +71,10 @@ def test_update(path):
 def test_schedule(path):
     config = load(path.stem).optimizer
     text = header(path)
+    if config.scheduler == "constant":
+        found = re.search(r"Schedule: +warm-up ([\d ]+), then constant = ([\d ]+) updates", text)
+        assert [number(count) for count in found.groups()] == [config.warmup_steps, config.max_steps]
+        return
     found = re.search(r"Schedule: +warm-up ([\d ]+) \+ hold ([\d ]+) \+ decay ([\d ]+) = ([\d ]+) updates", text)
     warmup, hold, decay, total = map(number, found.groups())
     assert (warmup, hold, decay) == (config.warmup_steps, config.hold_steps, config.decay_steps)
@@ -79,6 +87,7 @@ def test_memory(path):
     config = load(path.stem)
     text = header(path)
     options = {"batch_samples": config.data.max_batch_length, "dtype": config.optimizer.dtype}
+    options["frozen"] = config.model.freeze_step == 0
     found = [float(value) for value in re.findall(r"([\d.]+) GiB", text)]
     if path.stem in ON_CPU:
         options |= {"device": "cpu", "utterance_samples": 48_000}
@@ -120,6 +129,7 @@ def test_arithmetic_of_the_headers():
     for config, name, frames, each in (
         (small, "small-consumer-gpu", "13 000", 51),
         (adapt, "adapt-to-language", "6 500", 26),
+        (load("adapt-spidr-adapt"), "adapt-spidr-adapt", "6 500", 26),
     ):
         batches = config.optimizer.gradient_accumulation_steps
         masked = batches * config.data.max_batch_length / 320 * MASKED_SHARE
@@ -130,4 +140,25 @@ def test_arithmetic_of_the_headers():
 def test_the_recipe_of_discophon():
     config = load("adapt-to-language")
     assert config.optimizer.lr == 5e-5 and config.optimizer.max_steps == 20_000
-    assert config.run.init_ckpt == "spidr-vp20"
+    assert config.run.init_ckpt == "spidr-vp20" and not config.run.active_forgetting
+    data = config.data
+    assert (data.min_sample_size, data.max_sample_size, data.max_batch_length) == (0, 320_000, 3_800_000)
+    assert (data.num_buckets, data.bucket_method) == (5, "percentile")
+    model = tiny_model(ema_start_decay=config.model.ema_start_decay, codebook_decay=config.model.codebook_decay)
+    assert {model.teacher_decay(step) for step in (1, 10_000, 20_000)} == {1.0}
+    assert config.model.codebook_decay < 1  # codebooks go on learning
+    shortest = min_samples(config.model)
+    assert f"too short for two frames ({shortest} samples)" in header(FOLDER / "adapt-to-language.toml")
+
+
+def test_the_recipe_of_spidr_adapt():
+    config = load("adapt-spidr-adapt")
+    assert config.run.active_forgetting and config.run.init_ckpt in published()
+    assert (config.model.ema_start_decay, config.model.freeze_step, config.model.codebook_decay) == (1, 0, 0.8)
+    assert {learning_rate(config.optimizer, step) for step in (601, 4000, 8000)} == {5e-6}
+    assert learning_rate(config.optimizer, 300) < 5e-6 and config.optimizer.max_steps == 8000
+    errors = {name: card["results"]["text"] for name, card in published().items() if name.startswith("spidr-adapt")}
+    best = min(errors, key=lambda name: float(re.search(r": ([\d.]+), as the authors", errors[name])[1]))
+    assert config.run.init_ckpt == best and "on average: 3.76 %" in header(FOLDER / "adapt-spidr-adapt.toml")
+    for milliseconds, minutes in ((135, 18), (207, 28)):
+        assert config.optimizer.max_steps * milliseconds / 60_000 == pytest.approx(minutes, abs=0.5)

@@ -1,18 +1,21 @@
 """Active forgetting: held against autograd, the same on all processes, once at the start of a run and never again."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_run, final, finish, launch, pretrain_here, rows, write_audio, write_config
+from runs import TINY, assert_same_run, final, finish, launch, pretrain_here, rows, write_audio, write_config
 from tiny import random_mask, tiny_model
 
 from spidr_hf import SpidrForPretraining
+from spidr_hf.conversion.checkpoints import read_pretraining_checkpoint
 from spidr_hf.pretraining import forgetting
 from spidr_hf.pretraining.config import load_config
 from spidr_hf.pretraining.forgetting import HEAD_LEARNING_RATE, HEAD_STEPS, fit_heads, forget
 from spidr_hf.system.errors import ConfigError
+from spidr_hf.system.fields import dump_toml
 
 
 def batch(seed: int, rows: int = 2, samples: int = 6000) -> dict[str, torch.Tensor]:
@@ -131,10 +134,10 @@ def test_a_run_that_forgets(config: Path, tmp_path: Path, monkeypatch: pytest.Mo
         for name, options in (("forgets", FORGET), ("keeps", ()))
     )
     old = SpidrForPretraining.from_pretrained(tmp_path / "old").state_dict()
-    moved = {
-        folder: {name: float((final(folder)[name] - old[name]).abs().max()) for name in old}
-        for folder in (forgets, keeps)
-    }
+
+    def moved(folder: Path, name: str) -> float:
+        return float((final(folder)[name] - old[name]).abs().max())
+
     assert moved(keeps, "heads.weight") < 1e-6  # off unless asked for
     assert moved(forgets, "heads.weight") > 1e-2
     for folder in (forgets, keeps):
@@ -150,6 +153,26 @@ def test_a_resumed_run_does_not_forget_again(config: Path, tmp_path: Path) -> No
     for steps in ("2", "5"):
         resumed = pretrain_here(config, tmp_path / "resumed", *FORGET, "--optimizer.max_steps", steps)
     assert_same_run(resumed, whole)
+
+
+def test_adapting_as_spidr_adapt_does(audio: Path, tmp_path: Path) -> None:
+    """Its TOML and checkpoint, phone classifiers and all: encoder and new units learn, teacher and extractor stay."""
+    fixture = Path(__file__).parents[1] / "fixtures" / "parity" / "spidr-adapt-sl"
+    model = json.loads((fixture / "config.json").read_text())["model"]
+    sections = {
+        "run": {"model_type": "spidr_reset", "init_ckpt": str(fixture / "step_5.pt"), "log_interval": 1},
+        "data": {**TINY["data"], "ssl": {"manifest": str(audio)}},
+        "model": {**model, "ema_start_decay": 1.0, "freeze_step": 0, "codebook_decay": 0.8},
+        "optimizer": {"lr": 1e-3, "dtype": "float32", "scheduler": "constant", "max_steps": 2, "warmup_steps": 1},
+        "meta_update": {"task_interval": 1000},
+    }
+    (tmp_path / "adapt.toml").write_text(dump_toml(sections))
+    folder = pretrain_here(tmp_path / "adapt.toml", tmp_path / "run")
+    before, after = read_pretraining_checkpoint(fixture / "step_5.pt").tensors, final(folder)
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert {"heads.weight", "codebooks.sums", "spidr.encoder.layers.0.attention.qkv.weight"} <= changed
+    assert not {name for name in changed if name.startswith(("teacher.", "spidr.feature_"))}
+    assert [row["ema_decay"] for row in rows(folder)] == [1.0, 1.0]
 
 
 @pytest.mark.slow
