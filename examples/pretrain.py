@@ -38,7 +38,6 @@ folder for `from_pretrained` and the Hub.
 
 import argparse
 import gc
-import logging
 import os
 import sys
 from itertools import chain, islice
@@ -79,7 +78,9 @@ from spidr_hf.pretraining.start import make_model, resume_notes, settle_config
 from spidr_hf.pretraining.updates import Updates
 from spidr_hf.pretraining.validation_run import start_validation
 from spidr_hf.system.allocation import prepare_training_process
+from spidr_hf.system.commands import describe, end
 from spidr_hf.system.errors import AudioError, BatchingError, ConfigError, ManifestError, RunFolderError
+from spidr_hf.system.messages import log_above_bars
 from spidr_hf.system.processes import RunLock, contact_lost, die_with_launcher, gather_all, kill_workers_at_exit
 from spidr_hf.training.checkpoints import Checkpoints, TrainerState
 from spidr_hf.training.optimizing import LossScale, drop_frozen, scale_and_clip
@@ -107,7 +108,7 @@ def main() -> None:
     die_with_launcher()
     kill_workers_at_exit()
     prepare_training_process()
-    logging.basicConfig(format="%(message)s")
+    log_above_bars()
     transformers_logging.disable_progress_bar()
     try:
         config = load_config(args.config, overrides)
@@ -117,11 +118,13 @@ def main() -> None:
             pretrain(config, args.output_dir)
     except USER_ERRORS as error:
         # One line from one process; the launcher takes the others down.
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(1)
+        end(f"error: {describe(error)}")
     except RuntimeError as error:
         if (message := contact_lost(error)) is None:
             raise
-        sys.exit(f"error: {message}")
+        end(f"error: {message}")
 
 
 def pretrain(config: PretrainingConfig, output_dir: Path) -> None:

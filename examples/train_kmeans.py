@@ -21,6 +21,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
+from spidr_hf import __version__
 from spidr_hf.system.commands import clear_errors
 from spidr_hf.units.kmeans import feature_files, train_kmeans
 
@@ -48,7 +49,7 @@ def main() -> None:
         )
         kmeans.provenance |= {
             "features": str(args.features.resolve()),
-            "spidr_hf": version("spidr_hf"),
+            "spidr_hf": __version__,
             "scikit-learn": version("scikit-learn"),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }

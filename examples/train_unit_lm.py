@@ -17,7 +17,6 @@ import argparse
 import json
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
@@ -35,6 +34,7 @@ from transformers import (
     set_seed,
 )
 
+from spidr_hf import __version__
 from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import replaced_folder, write_text
 from spidr_hf.units.language_model import (
@@ -144,7 +144,7 @@ def finish(
         "num_units": num_units,
         "steps": args.steps,
         "seed": args.seed,
-        "spidr_hf": version("spidr_hf"),
+        "spidr_hf": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     with replaced_folder(args.out_dir / "final") as folder:

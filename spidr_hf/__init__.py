@@ -1,5 +1,7 @@
 """SpidR and DinoSR for Transformers. Importing this package registers its models with the Auto classes."""
 
+__version__ = "0.2.0"
+
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,6 @@ from .modeling_spidr import (
     SpidrPreTrainedModel,
 )
 from .units.pipeline import SpeechToUnitsPipeline
-
-__version__ = "0.2.0"
 
 # In a clone `conversion`, `examples` and `model_cards` lie beside the package, in the wheel inside it. Either way they
 # are `spidr_hf.conversion` and so on.

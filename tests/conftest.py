@@ -1,9 +1,12 @@
 """Tests run offline, in one thread per process, and leave nothing behind outside temporary folders."""
 
+import importlib.metadata
 import os
+import resource
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before torch and transformers are imported, here and in the processes that tests start.
@@ -56,3 +59,31 @@ def _transformers_speaks() -> None:
     """Commands that run inside a test, or in a fixture, silence transformers; every test may look at its messages."""
     transformers_logging.set_verbosity_warning()
     transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process can grow beyond 60 kB, as if the disk were full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def new_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is warned about once per process is warned about anew."""
+    monkeypatch.setattr("spidr_hf.system.messages._WARNED", set())
+
+
+@pytest.fixture
+def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is found by PYTHONPATH alone, as on clusters and in containers: pip knows nothing of it."""
+    distribution = importlib.metadata.distribution
+
+    def found(name: str) -> importlib.metadata.Distribution:
+        if name.replace("-", "_") == "spidr_hf":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return distribution(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", found)

@@ -7,13 +7,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCardData
 
+from .. import __version__
 from ..configuration_spidr import SAMPLING_RATE, SpidrConfig, receptive_field
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -141,7 +141,7 @@ def _render(config: SpidrConfig, metadata: str, *, papers: list[str] | None = No
         frame_ms=round(1000 * config.inputs_to_logits_ratio / SAMPLING_RATE),
         receptive_field=receptive_field(config),
         advised_layer=min(6, config.num_hidden_layers),
-        version=version("spidr_hf"),
+        version=__version__,
         citations=[entry for paper in papers or _PAPERS[config.objective] for entry in entries if paper in entry],
     )
     return text.rstrip() + "\n"

@@ -5,7 +5,6 @@ Every problem that is found is told, not only the first. Memory comes from the f
 steps on the machine at hand, and from published runs where there is nothing to measure on.
 """
 
-import fcntl
 import importlib.util
 import math
 import os
@@ -30,7 +29,7 @@ from ..data.sources import AudioSource
 from ..kernels_spidr import kernels_run, use_kernels
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import AudioError, ConfigError, RunFolderError
-from ..system.processes import gather_all
+from ..system.processes import gather_all, lock
 from ..training.checkpoints import Checkpoint, Checkpoints
 from ..training.optimizing import scale_and_clip
 from ..training.sharding import distribute, gradient_sync, shard, sharding_plugin
@@ -291,12 +290,9 @@ def _folder_lines(plan: Plan, config: PretrainingConfig, output_dir: Path, runni
 def _locked(path: Path) -> bool:
     try:
         with open(path, "r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
+            return not lock(file)
+    except OSError:  # there is none, or it cannot be written to, which is told elsewhere
         return False
-    except OSError:
-        return True
-    return False
 
 
 def _tracker_lines(plan: Plan, config: PretrainingConfig) -> None:

@@ -5,7 +5,6 @@ A row says which weights it is about (`checkpoint`, a checksum; null when the tr
 which data and masks (`data`), so that nothing is computed twice and what is outdated is replaced.
 """
 
-import fcntl
 import importlib.util
 import json
 import math
@@ -26,7 +25,7 @@ from ..data.sections import DataSection
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError
 from ..system.files import write_text
-from ..system.processes import gather_all
+from ..system.processes import gather_all, lock
 from ..training.checkpoints import MODEL_FILE, STATE_FILE, Checkpoints
 from ..training.metrics import curves
 from ..training.trackers import end_trackers
@@ -96,7 +95,7 @@ class ValidationFile:
     def _locked(self) -> Iterator[None]:
         # The file itself is replaced, so that a lock on it would hold nobody off.
         with open(self.path.with_name(".validation.lock"), "w") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
             yield
 
 

@@ -1,16 +1,21 @@
 """How every command ends: with one line and a status, whatever went wrong."""
 
+import errno
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from .errors import RunFolderError
+from .messages import end_bars, log_above_bars
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -22,22 +27,37 @@ def clear_errors(extra: str = "eval") -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_above_bars()
     try:
         yield
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}. The extra {extra} brings what this command needs: pip install 'spidr_hf[{extra}]'.")
+        end(f"error: {error}. The extra {extra} brings what this command needs: pip install 'spidr_hf[{extra}]'.")
     except (ValueError, OSError, RunFolderError, SafetensorError) as error:  # a full disk is safetensors' own error
         # Of several processes that stumble over the same thing one speaks.
         if int(os.environ.get("RANK", "0")):
             sys.exit(1)
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        end(f"error: {describe(error)}")
     except torch.OutOfMemoryError:
-        sys.exit("error: the device's memory is full: lower --batch-seconds (or --batch-size), and start again.")
+        end("error: the device's memory is full: lower --batch-seconds (or --batch-size), and start again.")
     except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command goes on from here.")
+        end("Interrupted. The same command goes on from here.")
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-__all__ = ["clear_errors"]
+def end(message: str) -> NoReturn:
+    """End the process with a line on stderr, below what there is of progress bars, and status 1."""
+    end_bars()
+    sys.exit(message)
+
+
+def describe(error: Exception) -> str:
+    """An error as one line; of a full disk, with what to do."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        what = f"{error.filename} cannot be written" if error.filename else "nothing more can be written"
+        return f"the disk is full: {what} ({error.strerror}). Make room there; the same command then goes on."
+    return " ".join(str(error).split())
+
+
+__all__ = ["clear_errors", "describe", "end"]

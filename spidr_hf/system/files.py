@@ -1,11 +1,25 @@
 """Files and folders that are there completely or not at all, whenever the process is killed."""
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .messages import warn_once
+
+# What a disk answers that does not know an operation: no reason to end a job that can do without it.
+_UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
+_NOT_ALLOWED = {errno.EPERM, errno.EACCES, errno.EROFS}
+# Folders of some disks are no files that one could open or wait for.
+_NO_FOLDERS = {errno.EBADF, errno.EISDIR}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_LONGEST_STEM = 60
 
 
 @contextmanager
@@ -13,39 +27,63 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
     """The path of a new file to write, in `path`'s folder (made if need be) and with its suffix.
 
     When the block ends well the file is synced and takes the name `path`; when it does not, nothing is left of it.
+    An `OSError` from here names the file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield partial
-        _make_public(partial)
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # A name as long as `path`'s and more may be longer than disks allow.
+    stem = os.fsdecode(os.fsencode(path.stem)[:_LONGEST_STEM])
+    partial = path.with_name(f".{stem}.{os.getpid()}.partial{path.suffix}")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            make_public(partial)
+            sync(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """A new folder to write into that takes the name `folder` when it is complete and synced, or never does."""
+    """A new folder to write into that takes the name `folder` when it is complete and synced, or never does.
+
+    An `OSError` from here names the folder.
+    """
     folder = Path(folder)
     partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            _make_public(path)
-            sync(path)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
+    with naming(folder):
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                make_public(path)
+                sync(path)
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+            partial.rename(folder)
+            sync(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """What goes wrong inside with a file that has no name yet (on a full disk) is an `OSError` that names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or ".partial" in str(error.filename)):
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise
+    except SafetensorError as error:  # the disk's errors are of safetensors' own kind there
+        if (found := _OS_ERROR.search(str(error))) is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
 
 
 def is_writing(folder: str | os.PathLike) -> bool:
@@ -60,19 +98,50 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or a folder's list of names, is on the disk. A disk that cannot say is warned about once."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in _UNKNOWN | _NOT_ALLOWED | _NO_FOLDERS and path.is_dir():
+            return
+        raise
+    try:
+        sync_open(descriptor, path)
     finally:
         os.close(descriptor)
 
 
-def _make_public(path: Path) -> None:
-    """The permissions of any new file. safetensors, for one, writes files that only their owner can read."""
+def sync_open(descriptor: int, path: Path) -> None:
+    """As `sync`, of a file that is open."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (_UNKNOWN | _NO_FOLDERS if path.is_dir() else _UNKNOWN):
+            raise
+        _warn("fsync", path, error, "what was written last may be lost if the machine fails")
+
+
+def make_public(path: Path) -> None:
+    """The permissions of any new file. safetensors, for one, writes files that only their owner can read.
+
+    A disk that does not know them, or does not let them be changed, is warned about once.
+    """
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    status = path.stat()
+    mode = (0o777 if path.is_dir() else 0o666) & ~umask
+    if status.st_mode & 0o777 == mode:
+        return
+    try:
+        path.chmod(mode)
+    except OSError as error:
+        if error.errno not in _UNKNOWN | _NOT_ALLOWED:
+            raise
+        _warn("chmod", path, error, "others may not be able to read what is written there")
+
+
+def _warn(operation: str, path: Path, error: OSError, consequence: str) -> None:
+    warn_once(operation, f"The disk of {path.parent} does not take {operation} ({error.strerror}): {consequence}.")
 
 
 def file_hash(path: str | os.PathLike) -> str:
@@ -81,4 +150,14 @@ def file_hash(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-__all__ = ["file_hash", "is_writing", "replaced_file", "replaced_folder", "sync", "write_text"]
+__all__ = [
+    "file_hash",
+    "is_writing",
+    "make_public",
+    "naming",
+    "replaced_file",
+    "replaced_folder",
+    "sync",
+    "sync_open",
+    "write_text",
+]

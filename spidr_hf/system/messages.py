@@ -1,12 +1,19 @@
 """What a message says about things that somebody else named: one line, printable, and not for ever."""
 
+import logging
 import re
 import reprlib
+import sys
 from typing import Any
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 200
 _LONGEST_LINE = 2000
 _LINE_END = re.compile(r"[ \t]*[\r\n]\s*")
+_WARNED: set[str] = set()
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 3
 _REPR.maxstring = _REPR.maxother = 100
@@ -37,6 +44,30 @@ def one_line(message: Any, longest: int = _LONGEST_LINE) -> str:
     return _cut(_printable(_LINE_END.sub(" ", _cut(text, 10 * longest)).strip()), longest)
 
 
+def warn_once(kind: str, message: str) -> None:
+    """A warning, of which this process needs one of its kind."""
+    if kind not in _WARNED:
+        _WARNED.add(kind)
+        logger.warning("%s", message)
+
+
+def end_bars() -> None:
+    """End all progress bars, so that what is said next begins on a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
+def log_above_bars() -> None:
+    """Warnings go to stderr as bare lines, above the progress bars; where logging is set up already, as it says."""
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(_AboveBars())
+
+
+class _AboveBars(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def _printable(text: str) -> str:
     if text.isprintable():
         return text
@@ -57,4 +88,4 @@ def _cut(text: str, longest: int) -> str:
     return f"{text[:start]}... ({len(text) - longest} more characters) ...{text[start - longest :]}"
 
 
-__all__ = ["one_line", "shown"]
+__all__ = ["end_bars", "log_above_bars", "one_line", "shown", "warn_once"]

@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -10,9 +11,10 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from .errors import RunFolderError
+from .messages import warn_once
 
 _PR_SET_PDEATHSIG = 1
 
@@ -34,29 +37,44 @@ class RunLock:
     def __init__(self, folder: str | Path, patience: float = 10.0):
         self.path = Path(folder) / ".lock"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A POSIX record lock: children do not inherit it, and network file systems know it.
         self._file = open(self.path, "a+")  # noqa: SIM115 (open as long as the lock is held)
         deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    self._file.seek(0)
-                    holder = self._file.read().strip() or "another process"
-                    self._file.close()
-                    raise RunFolderError(
-                        f"{folder} is in use by another run ({holder}). Stop it first, or choose another --output-dir."
-                    ) from error
-                time.sleep(0.1)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
+        while not lock(self._file):
+            if time.monotonic() > deadline:
+                self._file.seek(0)
+                holder = self._file.read().strip() or "another process"
+                self._file.close()
+                raise RunFolderError(
+                    f"{folder} is in use by another run ({holder}). Stop it first, or choose another --output-dir."
+                )
+            time.sleep(0.1)
+        with suppress(OSError):  # who holds it is a courtesy; a full disk is for those to tell who need it
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._file.flush()
 
     def release(self) -> None:
         """Let the next run in."""
-        self._file.close()
+        with suppress(OSError):  # of a disk that was full, again
+            self._file.close()
+
+
+def lock(file: IO[Any], *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed. False: another process has it, and this one does not `wait`.
+
+    It is a POSIX record lock: children do not inherit it, and network file systems know it. Those that do not are
+    warned about once, and the answer is True.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        folder = Path(file.name).parent
+        warn_once(
+            "lock", f"The disk of {folder} knows no locks ({error.strerror}): see to it that no two runs write there."
+        )
+    return True
 
 
 def die_with_parent(number: int) -> None:
@@ -136,5 +154,6 @@ __all__ = [
     "die_with_parent",
     "gather_all",
     "kill_workers_at_exit",
+    "lock",
     "start_processes",
 ]

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..data.sources import AudioSource
 from ..system.files import replaced_file, write_text
 from .extractor import Extractor
@@ -337,7 +337,7 @@ class FeatureStore(Store):
             "layout": self.layout.name,
             "utterances": utterances,
             "complete": utterances is not None,
-            "spidr_hf": version("spidr_hf"),
+            "spidr_hf": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         self._sidecar(layer).parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
+from .. import __version__
 from ..system.files import replaced_file, write_text
 from .extractor import Extractor, unit_layers, unit_outputs
 
@@ -131,7 +131,7 @@ def write_units(
             "deduplicated": collapse,
             "utterances": utterances,
             "frames": frames,
-            "spidr_hf": version("spidr_hf"),
+            "spidr_hf": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         # The sidecar first: at no moment do units lie there without one.

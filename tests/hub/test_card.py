@@ -129,7 +129,7 @@ def test_an_unknown_checkpoint_claims_nothing() -> None:
 
 
 @pytest.mark.parametrize("objective", ["spidr", "dinosr"])
-def test_the_card_of_a_trained_model(objective: str) -> None:
+def test_the_card_of_a_trained_model(objective: str, not_installed) -> None:
     config = tiny_config(objective=objective)
     text = trained_card(config, "Pretrained for 7 updates.", "[run]\nx = 1\n", model_id="me/mine")
     assert "Pretrained for 7 updates." in text and "```toml\n[run]\nx = 1\n```" in text

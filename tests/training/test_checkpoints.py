@@ -4,7 +4,6 @@ import ctypes
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -143,15 +142,6 @@ def test_a_full_disk_is_reported_and_spoils_nothing(tmp_path, monkeypatch):
     with pytest.raises(RunFolderError, match=r"Cannot write a checkpoint into .*No space left on device"):
         checkpoints.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1"]
-
-
-@pytest.fixture
-def small_files():
-    """No file of this process can grow beyond 60 kB, as if the disk were full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_disk_that_is_full_for_safetensors(tmp_path, small_files):

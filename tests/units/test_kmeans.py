@@ -54,7 +54,7 @@ def test_round_trip(tmp_path):
         back.predict(torch.randn(2, 4))
 
 
-def test_from_audio_to_units(tmp_path):
+def test_from_audio_to_units(tmp_path, not_installed):
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
     SpidrFeatureExtractor().save_pretrained(tmp_path / "model")

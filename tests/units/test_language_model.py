@@ -172,7 +172,7 @@ def test_pairs_are_told_apart(trained, tmp_path):
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 21
 
 
-def test_started_again_it_goes_on(trained):
+def test_started_again_it_goes_on(trained, not_installed):
     """A finished run is measured and saved anew without a step; without its newest checkpoint, from the one before."""
     folder, arguments, _ = trained
     before = json.loads((folder / "out" / "metrics.json").read_text())

@@ -1,0 +1,49 @@
+"""How commands end."""
+
+import errno
+
+import pytest
+from tqdm import tqdm
+
+from spidr_hf.system.commands import clear_errors, end
+from spidr_hf.system.messages import log_above_bars
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_an_error_has_a_line_of_its_own(capsys, leave):
+    """Not behind the progress bar, which has not ended."""
+    with pytest.raises(SystemExit) as stop, clear_errors():
+        bar = tqdm(total=10, leave=leave, mininterval=0)
+        bar.update(3)
+        raise ValueError("something\nis wrong")
+    assert stop.value.code == "error: something is wrong"
+    printed = capsys.readouterr().err
+    assert printed.endswith("\n" if leave else "\r")
+    assert bar.disable
+
+
+def test_the_last_line_of_a_run(capsys):
+    bar = tqdm(total=10, mininterval=0)
+    with pytest.raises(SystemExit):
+        end("error: x")
+    assert capsys.readouterr().err.endswith("\n") and bar.disable
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk(number):
+    with pytest.raises(SystemExit) as stop, clear_errors():
+        raise OSError(number, "No more", "/data/file")
+    assert stop.value.code.startswith("error: the disk is full: /data/file cannot be written (No more). Make room")
+
+
+def test_warnings_are_lines_above_the_bars(monkeypatch, capsys):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    log_above_bars()
+    log_above_bars()
+    with tqdm(total=10, mininterval=0) as bar:
+        bar.update(1)
+        logging.getLogger("spidr_hf.test").warning("something is odd")
+    lines = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    assert lines.count("something is odd") == 1
