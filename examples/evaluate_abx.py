@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""ABX error of features, within and across speakers, in percent (chance: 50).
+"""ABX error of features or units, within and across speakers, in percent (chance: 50).
 
     python examples/write_items.py ALIGNMENTS triphones.item
     python examples/extract_features.py MODEL DATA FEATURES --layers 5 6 7
     python examples/evaluate_abx.py triphones.item FEATURES --json abx.json
+    python examples/evaluate_abx.py triphones.item UNITS --units       # what extract_units.py wrote: a file, or layers
 
 FEATURES_DIR is a layer's folder with <#file>.pt (or .npy), frames x dimensions, 50 frames per second; or the folder
-above with one per layer: then every layer is scored. ITEM_FILE has the columns
+above with one per layer: then every layer is scored. Frames are compared by their angle, units by whether they are
+identical. Files may be named by the end of their path alone where that is unique. ITEM_FILE has the columns
 #file onset offset #phone prev-phone next-phone speaker (ZeroSpeech's, or those of write_items.py).
 
 Where fastabx is installed (Python >= 3.12) it computes the scores, else this package does, by the same definition:
@@ -18,23 +20,32 @@ import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
     sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
-from spidr_hf.evaluation.abx import FREQUENCY, abx, read_items
+import numpy as np
+import torch
+from torch import Tensor
+
+from spidr_hf.evaluation.abx import FREQUENCY, Token, abx, read_items
 from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import write_text
+from spidr_hf.system.names import match_names
 from spidr_hf.system.processes import device_of
 from spidr_hf.units.kmeans import FeatureFiles
+from spidr_hf.units.unit_files import read_units, unit_files
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("item", type=Path, metavar="ITEM_FILE")
     parser.add_argument("features", type=Path, metavar="FEATURES_DIR", help="folder of features, or one with layers")
+    parser.add_argument("--units", action="store_true", help="FEATURES_DIR holds units (units.jsonl), not features")
     parser.add_argument("--speaker", choices=("within", "across"), nargs="+", default=["within", "across"])
     parser.add_argument(
         "--context", choices=("within", "any"), default="within", help="same neighbouring phones, or any"
@@ -50,21 +61,21 @@ def main() -> None:
     args = parser.parse_args()
     with clear_errors():
         tokens = read_items(args.item, args.frequency)
-        folders = layer_folders(args.features)
-        backend = args.backend
-        if backend == "auto":
-            backend = "fastabx" if importlib.util.find_spec("fastabx") else "own"
+        files = unit_files(args.features) if args.units else layer_folders(args.features)
+        speakers = chosen_speakers(args.speaker, tokens)
         limits = {"max_size_group": args.max_size_group or None, "max_x_across": args.max_x_across or None}
         scores: dict[int | None, dict[str, float]] = {}
-        for layer, folder in folders.items():
-            files = FeatureFiles(folder, [token.fileid for token in tokens])
-            for speaker in args.speaker:
-                if backend == "fastabx":
-                    error = by_fastabx(args, folder, files, speaker, limits)
+        for layer, path in files.items():
+            features = Units(path) if args.units else FeatureFiles(path)
+            named = by_known_names(tokens, features, path)
+            for speaker in speakers:
+                if use_fastabx(args, renamed=named != tokens):
+                    error = by_fastabx(args, path, features, speaker, limits)
                 else:
                     error = abx(
-                        tokens,
-                        files,
+                        named,
+                        features,
+                        distance="identical" if args.units else "angular",
                         speaker=speaker,
                         context=args.context,
                         seed=args.seed,
@@ -87,6 +98,51 @@ def main() -> None:
         for layer, values in scores.items():
             name = "" if layer is None else f"layer {layer}: "
             print(f"{name}ABX error {', '.join(f'{value:.2f} % {speaker}' for speaker, value in values.items())}")
+
+
+class Units(Mapping[str, Tensor]):
+    """Units of a file by file id, each T x 1."""
+
+    def __init__(self, path: Path):
+        self._units = read_units(path)
+
+    def __getitem__(self, fileid: str) -> Tensor:
+        return torch.as_tensor(np.asarray(self._units[fileid], dtype=np.int64))[:, None]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._units)
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+
+def chosen_speakers(wanted: Sequence[str], tokens: Sequence[Token]) -> list[str]:
+    """Within and across speakers, as far as the items have speakers to compare."""
+    names = {token.speaker for token in tokens}
+    if len(names) > 1 or list(wanted) == ["across"]:
+        return list(wanted)
+    print(f"All items are of one speaker, {min(names)!r}: there is no score across speakers.", file=sys.stderr)
+    return [speaker for speaker in wanted if speaker == "within"]
+
+
+def by_known_names(tokens: Sequence[Token], features: Mapping[str, Tensor], path: Path) -> list[Token]:
+    """The tokens under the names that the features have. Raises `ValueError` where some have none."""
+    wanted = sorted({token.fileid for token in tokens})
+    matches, without = match_names(wanted, features, "entry")
+    if without:
+        raise ValueError(
+            f"{path} has nothing for {len(without)} of {len(wanted)} files of the items, for example {without[0]!r}; "
+            f"one that it has is {next(iter(features))!r}."
+        )
+    return [replace(token, fileid=matches[token.fileid]) for token in tokens]
+
+
+def use_fastabx(args: argparse.Namespace, *, renamed: bool) -> bool:
+    """Whether fastabx computes: it is installed or asked for, and finds the features under the items' own names."""
+    if args.backend == "fastabx" and (renamed or args.units):
+        raise ValueError("fastabx is used for features that have the names of the items: --backend own does the rest.")
+    found = args.backend == "fastabx" or (args.backend == "auto" and importlib.util.find_spec("fastabx") is not None)
+    return found and not renamed and not args.units
 
 
 def layer_folders(folder: Path) -> dict[int | None, Path]:

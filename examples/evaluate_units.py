@@ -16,6 +16,9 @@ Scores are those of HuBERT's paper over steps of 10 ms: phone_purity, cluster_pu
 pnmi_without_silence; and without phones codebook_perplexity, active_units and bitrate (bits per second; with
 --deduplicate that of units without repeats). Lengths may differ by the two steps that the convolutions drop, no more.
 
+per, f1 and r_val are DiscoPhon's: every unit is read as the phone that it occurs with most (--assignment one-to-one: a
+unit for each phone, of which there must be as many), and the phones' errors and boundaries (within 20 ms) are counted.
+
 --agreement OTHER_UNITS adds the share of equal units, of student and teacher (extract_units.py --teacher) for example.
 --plot draws the phone-by-unit matrix, or for several layers the scores' curves.
 """
@@ -30,9 +33,11 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from spidr_hf.data.alignments import SILENCES, read_alignments
-from spidr_hf.evaluation.phones import agreement, all_scores, count_pairs, match_names
+from spidr_hf.evaluation.discovery import ASSIGNMENTS, discovery_scores
+from spidr_hf.evaluation.phones import agreement, all_scores, count_pairs
 from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import write_text
+from spidr_hf.system.names import match_names
 from spidr_hf.units.unit_files import known_units, read_units, unit_files
 
 
@@ -50,6 +55,12 @@ def main() -> None:
     parser.add_argument("--tier", help="tier of the TextGrids that holds the phones")
     parser.add_argument("--silence", nargs="+", default=SILENCES, metavar="PHONE", help="labels of silence")
     parser.add_argument("--num-units", type=int, help="units there can be (default: as their provenance says)")
+    parser.add_argument(
+        "--assignment",
+        choices=ASSIGNMENTS,
+        default=ASSIGNMENTS[0],
+        help="how units become phones (default: %(default)s)",
+    )
     parser.add_argument("--phones", nargs="+", metavar="PHONE", help="phones there can be; others are an error")
     args = parser.parse_args()
     with clear_errors():
@@ -61,10 +72,18 @@ def main() -> None:
         for layer, path in files.items():
             units = read_units(path)
             try:
-                matches = match_names(units, alignments)
+                matches, without = match_names(units, alignments)
+                if without:
+                    print(
+                        f"{path}: {len(without)} of {len(units)} utterances have no alignment and are left out, "
+                        f"{without[0]!r} for one.",
+                        file=sys.stderr,
+                    )
+                units = {name: units[name] for name in matches}
                 phones = {name: alignments[known] for name, known in matches.items()}
                 options = {"step": step, "num_units": args.num_units or known_units(path), "phones": args.phones}
                 scores[layer] = all_scores(units, phones, silences=args.silence, collapse=args.deduplicate, **options)
+                scores[layer] |= discovery_scores(units, phones, assignment=args.assignment, **options)
                 if args.agreement:
                     if layer not in others:
                         raise ValueError(f"there is no layer {layer} in {args.agreement}.")

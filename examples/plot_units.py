@@ -17,9 +17,10 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 
 from spidr_hf.data.alignments import read_alignments
 from spidr_hf.data.open import open_data
-from spidr_hf.evaluation.phones import count_pairs, match_names
+from spidr_hf.evaluation.phones import count_pairs
 from spidr_hf.plots.figures import save_figure, unit_colours, utterance_figure
 from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.names import match_names
 from spidr_hf.units.unit_files import read_units, unit_files
 
 
@@ -45,10 +46,13 @@ def main() -> None:
         if args.alignments:
             alignments = read_alignments(args.alignments, tier=args.tier)
             for layer, sequences in units.items():
-                known = match_names(sequences, alignments)
-                counts, names = count_pairs(sequences, {n: alignments[other] for n, other in known.items()})
+                known, without = match_names(sequences, alignments)
+                aligned = {n: sequences[n] for n in known}
+                counts, names = count_pairs(aligned, {n: alignments[other] for n, other in known.items()})
                 colours[layer] = unit_colours(counts, names)
-            phones = alignments[known[name]]
+            if without:
+                print(f"{len(without)} of {len(sequences)} utterances have no alignment.", file=sys.stderr)
+            phones = alignments[known[name]] if name in known else []
         shown = {layer: sequences[name] for layer, sequences in units.items()}
         save_figure(utterance_figure(source.read(index), phones, shown, colours, title=name), args.picture)
         print(args.picture)

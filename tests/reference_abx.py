@@ -10,14 +10,14 @@ def angle(x, y):
     return math.acos(max(-1.0, min(1.0, float(x @ y) / float(np.linalg.norm(x) * np.linalg.norm(y))))) / math.pi
 
 
-def dtw(x, y):
+def dtw(x, y, distance=angle):
     """Least mean-path distance of two tokens, N x D and M x D: sum along the best path over its length."""
     n, m = len(x), len(y)
     cost = {}
     for i in range(n):
         for j in range(m):
             before = [cost[p] for p in ((i - 1, j), (i, j - 1), (i - 1, j - 1)) if p in cost]
-            cost[i, j] = angle(x[i], y[j]) + (min(before) if before else 0.0)
+            cost[i, j] = distance(x[i], y[j]) + (min(before) if before else 0.0)
     i, j, steps = n - 1, m - 1, 1
     while i or j:
         candidates = [p for p in ((i - 1, j - 1), (i, j - 1), (i - 1, j)) if p in cost]
@@ -26,7 +26,11 @@ def dtw(x, y):
     return cost[n - 1, m - 1] / steps
 
 
-def abx(tokens, frames, speaker, context="within"):
+def identical(x, y):
+    return float(x != y)
+
+
+def abx(tokens, frames, speaker, context="within", distance=angle):
     """ABX error of tokens (with phone, context, speaker) and their frames, without drawing any at random."""
     cells = defaultdict(list)
     items = list(zip(tokens, frames, strict=True))
@@ -39,7 +43,7 @@ def abx(tokens, frames, speaker, context="within"):
                     continue
                 if (x.speaker == a.speaker) != (speaker == "within"):
                     continue
-                to_a, to_b = dtw(x_frames, a_frames), dtw(x_frames, b_frames)
+                to_a, to_b = dtw(x_frames, a_frames, distance), dtw(x_frames, b_frames, distance)
                 error = 0.5 if to_a == to_b else float(to_a > to_b)
                 place = a.context if context == "within" else None
                 cells[a.phone, b.phone, a.speaker, place, x.speaker].append(error)

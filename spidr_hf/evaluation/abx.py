@@ -3,8 +3,9 @@
 The definition of ZeroSpeech 2021, as fastabx computes it: tokens are the stretches of an `.item` file; their distance
 is dynamic time warping over the angle between frames, divided by the length of the path; a triplet (A, B, X) has A and
 X of one phone, B of another, all in the same context (neighbouring phones) and, `within` speakers, of one speaker;
-`across` speakers X is of another speaker than A and B. Ties count half. Errors are averaged over a cell's triplets,
-then contexts, speakers, and pairs of phones. The obvious form stands in `tests/reference_abx.py`.
+`across` speakers X is of another speaker than A and B. Discrete units are compared by "identical": 0 where they are
+equal, else 1. Ties count half. Errors are averaged over a cell's triplets, then contexts, speakers, and pairs of
+phones. The obvious form stands in `tests/reference_abx.py`.
 """
 
 import itertools
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 FREQUENCY = 50  # frames per second
 _COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
+Distance = Literal["angular", "identical"]
 _PAIRS_AT_ONCE = 20_000
 _VALUES_AT_ONCE = 1 << 25  # of the frames of one side of the pairs
 
@@ -72,16 +74,19 @@ def read_items(path: str | os.PathLike, frequency: int = FREQUENCY) -> list[Toke
     return tokens
 
 
-def cut_tokens(tokens: Sequence[Token], features: Mapping[str, Tensor] | Iterator) -> tuple[Tensor, Tensor, Tensor]:
+def cut_tokens(
+    tokens: Sequence[Token], features: Mapping[str, Tensor] | Iterator, distance: Distance = "angular"
+) -> tuple[Tensor, Tensor, Tensor]:
     """
     Frames of all tokens, one after the other.
 
     Args:
         tokens: From `read_items`.
-        features: Features (T x D) by file id; it is asked for every file once.
+        features: Features (T x D), or units (T x 1), by file id; it is asked for every file once.
+        distance: What frames are compared by.
 
     Returns:
-        Frames of length 1 (N x D, float32), where each token starts, and its number of frames.
+        Frames (N x D, float32 of length 1; units as they are), where each token starts, and its number of frames.
     """
     by_file: dict[str, list[int]] = defaultdict(list)
     for i, token in enumerate(tokens):
@@ -95,9 +100,12 @@ def cut_tokens(tokens: Sequence[Token], features: Mapping[str, Tensor] | Iterato
                     f"The features of {fileid!r} have {len(x)} frames, but an item reaches to frame {tokens[i].end}. "
                     "Leave items at the very end out (the convolutions drop up to 25 ms there)."
                 )
-            pieces[i] = x[tokens[i].start : tokens[i].end].float()
+            pieces[i] = x[tokens[i].start : tokens[i].end]
     lengths = torch.tensor([len(piece) for piece in pieces])
     frames = torch.cat(pieces)
+    if distance == "identical":
+        return frames, lengths.cumsum(0) - lengths, lengths
+    frames = frames.float()
     norms = frames.norm(dim=1, keepdim=True)
     # A frame of zeros has no direction; as in fastabx it gets the diagonal's.
     frames = torch.where(norms > 0, frames / norms.clamp_min(1e-30), frames.shape[1] ** -0.5)
@@ -135,15 +143,21 @@ def dtw(distances: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def token_distances(
-    frames: Tensor, starts: Tensor, lengths: Tensor, rows: np.ndarray, columns: np.ndarray
+    frames: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    distance: Distance = "angular",
 ) -> np.ndarray:
     """
     Distances between pairs of tokens.
 
     Args:
-        frames: N x D, of length 1.
+        frames: N x D, from `cut_tokens`.
         starts, lengths: Of each token in `frames`.
         rows, columns: The pairs' tokens (P each).
+        distance: Between frames.
 
     Returns:
         P distances, float32.
@@ -161,8 +175,11 @@ def token_distances(
         offsets = torch.arange(width, device=frames.device)
         # Tokens are padded by their last frame; what lies beyond a length is never looked at.
         x, y = (frames[starts[t][:, None] + torch.minimum(offsets, lengths[t][:, None] - 1)] for t in (r, c))
-        angles = torch.bmm(x, y.transpose(1, 2)).clamp(-1, 1).acos() / math.pi
-        values = dtw(angles.permute(1, 2, 0).contiguous(), lengths[r], lengths[c])
+        if distance == "identical":
+            between = (x != y.transpose(1, 2)).float()
+        else:
+            between = torch.bmm(x, y.transpose(1, 2)).clamp(-1, 1).acos() / math.pi
+        values = dtw(between.permute(1, 2, 0).contiguous(), lengths[r], lengths[c])
         result[chunk] = values.cpu().numpy()
         first += len(chunk)
     return result
@@ -191,6 +208,7 @@ def abx(
     tokens: Sequence[Token],
     features: Mapping[str, Tensor],
     *,
+    distance: Distance = "angular",
     speaker: Literal["within", "across"] = "within",
     context: Literal["within", "any"] = "within",
     max_size_group: int | None = 10,
@@ -204,7 +222,8 @@ def abx(
 
     Args:
         tokens: From `read_items`.
-        features: Features (T x D) by file id.
+        features: Features (T x D), or units (T x 1), by file id.
+        distance: Between frames: "angular", or "identical" for units.
         speaker: Whether X is of the same speaker as A and B, or of another.
         context: Whether A, B and X share their neighbouring phones.
         max_size_group: Tokens of one phone, context and speaker used at most, drawn at random (ZeroSpeech: 10).
@@ -215,7 +234,7 @@ def abx(
 
     Raises `ValueError` where there is no triplet at all.
     """
-    frames, starts, lengths = (x.to(device) for x in cut_tokens(tokens, features))
+    frames, starts, lengths = (x.to(device) for x in cut_tokens(tokens, features, distance))
     # context -> (phone, speaker) -> tokens
     groups: dict[tuple, dict[tuple[str, str], list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, token in enumerate(tokens):
@@ -226,7 +245,7 @@ def abx(
 
     def score_waiting() -> None:
         rows, columns = (np.concatenate([getattr(group, side) for group in waiting]) for side in ("rows", "columns"))
-        distances = token_distances(frames, starts, lengths, rows, columns)
+        distances = token_distances(frames, starts, lengths, rows, columns, distance)
         for group, part in zip(
             waiting, np.split(distances, np.cumsum([len(g.rows) for g in waiting])[:-1]), strict=True
         ):
@@ -298,4 +317,4 @@ def _plan_cells(
             yield a, b, x
 
 
-__all__ = ["FREQUENCY", "Token", "abx", "cell_error", "cut_tokens", "dtw", "read_items", "token_distances"]
+__all__ = ["FREQUENCY", "Distance", "Token", "abx", "cell_error", "cut_tokens", "dtw", "read_items", "token_distances"]

@@ -6,7 +6,6 @@ step's phone is the one at its middle. Silence is a phone like the others, unles
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -164,7 +163,7 @@ def bitrate(units: Mapping[str, Sequence[int] | np.ndarray], *, collapse: bool =
     """
     seconds = UNIT * sum(len(sequence) for sequence in units.values())
     if collapse:
-        units = {fileid: _without_repeats(np.asarray(sequence)) for fileid, sequence in units.items()}
+        units = {fileid: without_repeats(np.asarray(sequence)) for fileid, sequence in units.items()}
     return unit_entropy(units) * sum(len(sequence) for sequence in units.values()) / seconds
 
 
@@ -185,30 +184,6 @@ def agreement(
     if not total:
         raise ValueError("There are no units to compare.")
     return equal / total
-
-
-def match_names(names: Collection[str], known: Collection[str]) -> dict[str, str]:
-    """
-    For each name, the known one that is equal, or that alone ends in the same part of its path.
-
-    Raises `ValueError` where there is none, or several.
-    """
-    matches, known = {}, set(known)
-    for name, candidates in find_names(names, known).items():
-        if len(candidates) != 1:
-            found = f"{len(candidates)} alignments match" if candidates else "There is no alignment for"
-            raise ValueError(f"{found} {name!r} (one of {len(names)} utterances; {len(known)} alignments).")
-        matches[name] = candidates[0]
-    return matches
-
-
-def find_names(names: Collection[str], known: Collection[str]) -> dict[str, list[str]]:
-    """For each name the known ones it may stand for: the equal one, else all that end in the same part of its path."""
-    by_stem: dict[str, list[str]] = {}
-    for name in known:
-        by_stem.setdefault(PurePosixPath(name).name, []).append(name)
-    known = set(known)
-    return {name: [name] if name in known else by_stem.get(PurePosixPath(name).name, []) for name in names}
 
 
 def evaluate_units(
@@ -251,7 +226,8 @@ def all_scores(
     }
 
 
-def _without_repeats(values: np.ndarray) -> np.ndarray:
+def without_repeats(values: np.ndarray) -> np.ndarray:
+    """One value of each run of equal ones."""
     return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
 
 
@@ -266,11 +242,10 @@ __all__ = [
     "codebook_perplexity",
     "count_pairs",
     "evaluate_units",
-    "find_names",
-    "match_names",
     "phone_purity",
     "phone_steps",
     "pnmi",
     "unit_entropy",
+    "without_repeats",
     "without_silence",
 ]

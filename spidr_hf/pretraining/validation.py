@@ -33,18 +33,11 @@ from ..data.masking import masked_frames
 from ..data.open import open_data
 from ..data.sections import DataSection
 from ..data.sources import Skipped
-from ..evaluation.phones import (
-    cluster_purity,
-    count_pairs,
-    find_names,
-    phone_purity,
-    phone_steps,
-    pnmi,
-    without_silence,
-)
+from ..evaluation.phones import cluster_purity, count_pairs, phone_purity, phone_steps, pnmi, without_silence
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import AudioError, ConfigError
+from ..system.names import find_names
 from ..system.processes import gather_all
 from ..training.sharding import is_sharded
 from ..units.extractor import Extractor, Outputs, batches_by_length

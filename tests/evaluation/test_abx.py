@@ -46,6 +46,17 @@ def test_the_obvious_form(seed, speaker, context, monkeypatch):
     assert abx(tokens, features, **options) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("speaker", ["within", "across"])
+def test_units_are_identical_or_not(seed, speaker):
+    tokens, features = made_items(seed)
+    units = {name: (x[:, :1] > 0).long() + 2 * (x[:, 1:2] > 0) for name, x in features.items()}
+    frames = [units[t.fileid][t.start : t.end, 0].tolist() for t in tokens]
+    expected = reference_abx.abx(tokens, frames, speaker, distance=reference_abx.identical)
+    options = {"speaker": speaker, "max_size_group": None, "max_x_across": None}
+    assert abx(tokens, units, distance="identical", **options) == pytest.approx(expected, abs=1e-6)
+
+
 def test_dtw_of_ragged_pairs():
     rng = np.random.default_rng(0)
     tokens = [rng.normal(size=(int(n), 4)) for n in rng.integers(1, 8, 12)]
@@ -119,6 +130,12 @@ def files(tmp_path_factory, speech):
             path = folder / "features" / str(layer) / f"{manifest.fileid(i)}.pt"
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(features, path)
+            units = features[:, ::5].argmax(-1).tolist()
+            with (folder / f"{layer}.jsonl").open("a") as file:
+                file.write(json.dumps({"file": manifest.fileid(i), "units": units}) + "\n")
+    for layer in (1, 2):
+        (folder / "units" / str(layer)).mkdir(parents=True)
+        (folder / f"{layer}.jsonl").rename(folder / "units" / str(layer) / "units.jsonl")
     return folder
 
 
@@ -134,6 +151,43 @@ def test_the_command(files, tmp_path):
     assert (tmp_path / "a.png").exists() and "layer 1: ABX error" in done.out
 
 
+def test_units(files, tmp_path):
+    """Of a folder with layers, and of one file."""
+    done = run_command("evaluate_abx", files / "triphones.item", files / "units", "--units", "--json", tmp_path / "a")
+    assert done.status == 0, done.err
+    scores = json.loads((tmp_path / "a").read_text())["layers"]
+    assert scores["1"]["within"] < 45 < scores["2"]["across"] < 60
+    one = files / "units" / "1" / "units.jsonl"
+    done = run_command("evaluate_abx", files / "triphones.item", one, "--units", "--json", tmp_path / "b")
+    assert json.loads((tmp_path / "b").read_text()) == scores["1"]
+
+
+def test_names_that_end_alike(files, tmp_path):
+    """Items that name a file by its stem find it in a folder, where there is one only."""
+    (tmp_path / "paths").mkdir()
+    for path in (files / "features" / "1").rglob("*.pt"):
+        place = tmp_path / "paths" / "of" / path.name
+        place.parent.mkdir(exist_ok=True)
+        place.symlink_to(path)
+    scores = []
+    for features in (tmp_path / "paths", files / "features" / "1"):
+        items = files / "triphones.item"
+        done = run_command("evaluate_abx", items, features, "--json", tmp_path / "a.json")
+        assert done.status == 0, done.err
+        scores.append(json.loads((tmp_path / "a.json").read_text()))
+    assert scores[0] == scores[1]
+
+
+def test_one_speaker_has_a_score_within(files, tmp_path):
+    lines = (files / "triphones.item").read_text().splitlines(keepends=True)
+    speaker = lines[1].split()[-1]
+    (tmp_path / "one.item").write_text(lines[0] + "".join(line for line in lines[1:] if line.split()[-1] == speaker))
+    done = run_command("evaluate_abx", tmp_path / "one.item", files / "features" / "1", "--json", tmp_path / "a.json")
+    assert done.status == 0 and "no score across speakers" in done.err
+    assert list(json.loads((tmp_path / "a.json").read_text())) == ["within"]
+    fails(run_command("evaluate_abx", tmp_path / "one.item", files / "features" / "1", "--speaker", "across"), "across")
+
+
 def test_bad_input(files, tmp_path):
     items, features = files / "triphones.item", files / "features" / "1"
     fails(run_command("evaluate_abx", tmp_path / "no.item", features), "no.item", "no such item file")
@@ -141,7 +195,9 @@ def test_bad_input(files, tmp_path):
     (tmp_path / "empty").mkdir()
     fails(run_command("evaluate_abx", items, tmp_path / "empty"), "no feature files")
     torch.save(torch.ones(3, 2), tmp_path / "empty" / "x.pt")
-    fails(run_command("evaluate_abx", items, tmp_path / "empty"), "no features for", "small-")
+    fails(run_command("evaluate_abx", items, tmp_path / "empty"), "no entry for '", "'x' for one")
+    fails(run_command("evaluate_abx", items, features, "--units"), "no units in this folder")
+    fails(run_command("evaluate_abx", items, files / "units", "--units", "--backend", "fastabx"), "--backend own")
     fails(run_command("write_items", tmp_path / "no.jsonl", tmp_path / "x.item"), "no such file")
     (tmp_path / "a.jsonl").write_text('{"id": "x", "phones": [["A", 0, 0.1], ["B", 0.1, 0.2], ["C", 0.2, 0.3]]}\n')
     fails(run_command("write_items", tmp_path / "a.jsonl", tmp_path / "x.item"), "no speaker for 'x'")

@@ -17,9 +17,9 @@ from spidr_hf.evaluation.phones import (
     bitrate,
     codebook_perplexity,
     count_pairs,
-    match_names,
     without_silence,
 )
+from spidr_hf.system.names import match_names
 from spidr_hf.units.unit_files import write_units
 
 KEYS = [
@@ -30,6 +30,9 @@ KEYS = [
     "codebook_perplexity",
     "active_units",
     "bitrate",
+    "per",
+    "f1",
+    "r_val",
 ]
 
 
@@ -51,7 +54,7 @@ def test_by_hand():
 def test_silence_is_left_out():
     # Unit 0 is silence's, unit 1 lies on both phones: nothing is known of phones once silence is gone.
     scores = all_scores({"x": [0, 0, 1, 1]}, {"x": alignment(["sil", "SIL", "A", "B"])})
-    assert list(scores) == KEYS
+    assert list(scores) == KEYS[:-3]
     assert scores["pnmi"] > 0.4 and scores["pnmi_without_silence"] == 0
     counts, names = without_silence(np.eye(3), ["A", "spn", "B"])
     assert names == ["A", "B"] and counts.tolist() == [[1, 0, 0], [0, 0, 1]]
@@ -101,10 +104,11 @@ def test_what_cannot_be_is_named():
 
 
 def test_names_match_by_path_or_by_its_last_part():
-    assert match_names(["a/x", "y"], ["a/x", "b/y", "b/x"]) == {"a/x": "a/x", "y": "b/y"}
-    with pytest.raises(ValueError, match="2 alignments match 'x'"):
+    assert match_names(["a/x", "y"], ["a/x", "b/y", "b/x"]) == ({"a/x": "a/x", "y": "b/y"}, [])
+    assert match_names(["x", "z", "y"], ["a/x", "b/x", "b/y"]) == ({"y": "b/y"}, ["x", "z"])
+    with pytest.raises(ValueError, match="2 alignments match 'x', 'a/x' for one"):
         match_names(["x"], ["a/x", "b/x"])
-    with pytest.raises(ValueError, match="no alignment for 'z'"):
+    with pytest.raises(ValueError, match=r"no alignment for 'z' .*'a/x' for one"):
         match_names(["z"], ["a/x"])
 
 
@@ -150,6 +154,15 @@ def test_layers_and_agreement(units_folder, speech, tmp_path):
     assert list(scores) == ["5", "6"] and scores["5"]["pnmi"] < 0.05 < scores["6"]["pnmi"]
     assert scores["6"]["agreement"] == 1 and scores["6"]["bitrate"] < scores["5"]["bitrate"]
     assert "layer 5" in done.out and "<svg" in (tmp_path / "curves.svg").read_text()
+
+
+def test_partly_aligned_units_are_scored_as_far_as_they_are(units_folder, speech, tmp_path):
+    lines = (speech / "alignments.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "part.jsonl").write_text("".join(lines[:40]))
+    path = units_folder / "6" / "units.jsonl"
+    done = run_command("evaluate_units", path, tmp_path / "part.jsonl", "--json", tmp_path / "s.json")
+    assert done.status == 0 and f"{len(lines) - 40} of {len(lines)} utterances have no alignment" in done.err
+    assert json.loads((tmp_path / "s.json").read_text())["pnmi"] > 0.85
 
 
 def test_deduplicated_files_with_durations(units_folder, speech, tmp_path):
