@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from spidr_hf.pretraining.config import load_config
 from spidr_hf.system.fields import dump_toml
+from spidr_hf.training.stopping import STOPPING
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "pretrain.py"
 TINY = {
@@ -98,7 +99,7 @@ def forget_processes() -> None:
 
 def pretrain_here(config: Path, folder: Path, *overrides: str) -> Path:
     """Run the command in this process; returns the run's folder."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     forget_processes()
     try:
         load_script().pretrain(load_config(config, overrides), folder)

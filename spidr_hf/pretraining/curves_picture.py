@@ -8,26 +8,32 @@ import importlib.util
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..configuration_spidr import SpidrConfig
+from ..training.observers import Observer
 
 # What it runs; as a file, since importing the package would take longer than drawing.
 _DRAWING = Path(__file__).resolve().parent.parent / "plots" / "curves.py"
 _LOWEST = 19
 
 
-class CurvesPicture:
+class CurvesPicture(Observer):
     """Draws `curves.png` beside `metrics.jsonl`, where matplotlib is installed.
 
     Args:
         run_dir: the run's folder.
         model: of the run.
         minutes: at least so many between two pictures; 0: none at all.
+        say: takes a line for the user, where the last picture cannot be drawn.
     """
 
-    def __init__(self, run_dir: str | Path, model: SpidrConfig, minutes: float):
+    def __init__(
+        self, run_dir: str | Path, model: SpidrConfig, minutes: float, say: Callable[[str | None], None] = print
+    ):
+        self._say = say
         self.run_dir = Path(run_dir)
         self._seconds = 60 * minutes
         self._enabled = minutes > 0 and importlib.util.find_spec("matplotlib") is not None
@@ -38,15 +44,18 @@ class CurvesPicture:
         for left in self.run_dir.glob(".curves.*.partial.png"):  # of a run that was killed
             left.unlink(missing_ok=True)
 
-    def update(self) -> None:
+    def after_step(self, step: int) -> None:
         """Begin a new picture if it is time and none is being drawn; it is not waited for."""
         if self._enabled and time.monotonic() - self._last >= self._seconds and not self._drawing():
             self._start()
 
-    def finish(self, patience: float = 60.0) -> str | None:
-        """Draw the last picture and wait for it. Returns why it could not be drawn, if it could not."""
-        if not self._enabled:
-            return None
+    def finish(self, final: Path | None = None) -> None:
+        """Draw the last picture and wait for it."""
+        if self._enabled:
+            self._say(self._draw_last())
+
+    def _draw_last(self, patience: float = 60.0) -> str | None:
+        """Why it could not be drawn, if it could not."""
         try:
             if self._drawing():
                 self._process.kill()

@@ -112,7 +112,8 @@ def dry_run(config: PretrainingConfig, output_dir: Path) -> Plan:
     checkpoint = Checkpoints(output_dir / "checkpoints").newest()
     model = source = None
     with plan.trying():
-        plan.notes += config_changes(output_dir, config, checkpoint)
+        changes = config_changes(output_dir, config, checkpoint)
+        plan.notes += [f"Changed since this run began: {change}" for change in changes]
         model, origin = make_model(config, checkpoint)
         _model_lines(plan, config, origin)
     with plan.trying():

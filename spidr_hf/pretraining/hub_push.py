@@ -1,7 +1,7 @@
-"""Models of a run on the Hub while it goes on: the newest checkpoint, and at the end the final model.
+"""Models of a run on the Hub while it trains: the newest checkpoint, and at the end the final model.
 
 Uploads happen in a thread and never hold up training: a checkpoint that comes while one is under way waits, and a newer
-one takes its place. What fails is said, and the run goes on.
+one takes its place. What fails is said, and the run continues.
 """
 
 import logging
@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -17,6 +18,8 @@ from ..configuration_spidr import SpidrConfig
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.card import trained_card
 from ..hub_spidr import AUTO_MAP, save_code_files
+from ..system.errors import ConfigError
+from ..training.observers import Observer
 from .config import PretrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -26,19 +29,27 @@ _STAGED = ".push-"
 _FINAL = "The final model"
 
 
-class HubPush:
+class HubPush(Observer):
     """Uploads to one repository, which is made (private) where there is none.
 
     Args:
         repo: "user/name".
         config: the run's configuration, for the model cards.
         output_dir: the run's folder, where uploads are put together (mostly links).
+        say: takes a line for the user, once the final model is there.
 
     Each upload replaces the model at the repository's root and is a commit of its own, named for its step.
     """
 
-    def __init__(self, repo: str, config: PretrainingConfig, output_dir: str | Path):
+    def __init__(
+        self,
+        repo: str,
+        config: PretrainingConfig,
+        output_dir: str | Path,
+        say: Callable[[str | None], None] = print,
+    ):
         self.repo = repo
+        self._say = say
         self._config = config
         self._output_dir = Path(output_dir)
         self._pushed = ""
@@ -51,7 +62,7 @@ class HubPush:
         self._thread = threading.Thread(target=self._work, name="push to the Hub", daemon=True)
         self._thread.start()
 
-    def checkpoint(self, folder: Path) -> None:
+    def saved(self, folder: Path) -> None:
         """Upload the model of a complete checkpoint, as soon as there is time. Returns at once."""
         step = folder.name.removeprefix("step_")
         try:
@@ -59,11 +70,15 @@ class HubPush:
         except OSError as error:
             logger.warning("%s is not pushed to %s: %s", folder, self.repo, error)
 
-    def final(self, folder: Path, patience: float = 900.0) -> bool:
-        """Upload a finished model folder; returns when all is uploaded, or after `patience` seconds, and whether it is.
+    def finish(self, final: Path | None, patience: float = 900.0) -> None:
+        """Upload a finished model folder, if there is one; returns when all is uploaded, or after `patience` seconds.
 
         There may be no other upload after it.
         """
+        if final is not None and self._upload_last(final, patience):
+            self._say(f"Pushed to https://huggingface.co/{self.repo}")
+
+    def _upload_last(self, folder: Path, patience: float) -> bool:
         try:
             staged = self._new_folder()
             for path in folder.iterdir():
@@ -121,6 +136,32 @@ class HubPush:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_push(repo: str, *, make: bool) -> None:
+    """Raises `ConfigError` where nothing can be uploaded: no (valid) token, no right to write, no network.
+
+    Args:
+        repo: "user/name".
+        make: make the repository (private) where there is none; otherwise nothing is changed on the Hub.
+    """
+    try:
+        if make:
+            HfApi().create_repo(repo, private=True, exist_ok=True)
+        else:
+            HfApi().whoami()
+    except Exception as error:  # whatever a network does
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise ConfigError(
+            f"`run.push_to_hub` {repo}: nothing can be pushed there ({reason}). Log in with `hf auth login`, or leave "
+            "it out."
+        ) from error
+
+
+def start_push(config: PretrainingConfig, output_dir: Path, say: Callable[[str | None], None]) -> Observer:
+    """The uploads that a run's config asks for; to be made on the first process."""
+    repo = config.run.push_to_hub
+    return HubPush(repo, config, output_dir, say) if repo else Observer()
+
+
 def _link(path: Path, target: Path) -> None:
     try:
         os.link(path, target)
@@ -128,4 +169,4 @@ def _link(path: Path, target: Path) -> None:
         shutil.copy2(path, target)
 
 
-__all__ = ["HubPush"]
+__all__ = ["HubPush", "check_push", "start_push"]

@@ -19,23 +19,24 @@ from ..data.sources import Skipped
 from ..system.processes import gather_all
 from ..training.checkpoints import TrainerState
 from ..training.metrics import Averages, MetricsFile, curves
+from ..training.observers import Observer
 from ..training.trackers import start_trackers
 from .config import PretrainingConfig
-from .curves_picture import CurvesPicture
 from .setup import CollapseWatch
 from .updates import StepResult
 
 
-class Reporter:
+class Reporter(Observer):
     """Takes note of every update, and writes a row every `run.log_interval` of them.
 
-    Every process has one and calls it alike; the first process writes.
+    Every process has one and calls it alike; the first process writes. As an observer it closes what it has open at
+    the end; what it reports `Updates` tells it, when the numbers of an update are there.
 
     Args:
         output_dir: the run's folder.
         config: the run's configuration.
         accelerator: its processes and trackers.
-        state: where the run begins (or goes on).
+        state: where the run begins or resumes.
         notes: what to say first, one line each; None is passed over.
     """
 
@@ -63,7 +64,6 @@ class Reporter:
         )
         self._interval = config.run.log_interval
         self._file = MetricsFile(output_dir / "metrics.jsonl", state.step) if is_main else None
-        self._picture = CurvesPicture(output_dir, config.model, config.run.plot_minutes if is_main else 0)
         self._averages = Averages(state.metrics)
         self._watch = CollapseWatch(state.collapse)
         self.skipped = SkippedFiles(output_dir / "skipped.jsonl" if is_main else None, config.data.max_skipped_share)
@@ -105,7 +105,6 @@ class Reporter:
         }
         if self._file is not None:
             self._file.write(row)
-        self._picture.update()
         if means:
             self._accelerator.log(curves(row), step=step)
             self.say(self._watch.look(means["target_ppl"], means["active_codewords"]))
@@ -126,12 +125,11 @@ class Reporter:
         """What the next row and the collapse watch need, for a checkpoint."""
         state.metrics, state.collapse = self._averages.state(), self._watch.state()
 
-    def close(self) -> None:
+    def finish(self, final: Path | None) -> None:
         """End of the run."""
         self._bar.close()
         if self._file is not None:
             self._file.close()
-        self.say(self._picture.finish())
 
     def _restart_window(self) -> None:
         self._seen: list[tuple[list[Skipped], int, int]] = []

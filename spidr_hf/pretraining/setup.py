@@ -1,10 +1,13 @@
 """The parts of a pretraining step that are more than one line in the loop of `examples/pretrain.py`."""
 
+import gc
 import importlib.util
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +15,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
+from ..data.batches import Batch, dropout_seed
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.card import trained_card
+from ..kernels_spidr import use_kernels
 from ..modeling_spidr import SpidrForPretraining
+from ..modeling_spidr_pretraining import SpidrForPretrainingOutput
 from ..system.errors import ConfigError, RunFolderError
 from ..system.files import replaced_folder
-from ..training.checkpoints import whole_copies
+from ..training.checkpoints import Checkpoint, whole_copies
+from ..training.optimizing import LossScale, drop_frozen, scale_and_clip
 from ..training.schedules import FREEZABLE, OptimizerSection
-from ..training.sharding import is_sharded
+from ..training.sharding import distribute, gradient_sync, is_sharded, shard, sharding_plugin
+from ..training.transfers import BatchMover
 from .config import PretrainingConfig
+from .forgetting import forget
 
 _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
 # Fewer masked frames than this per codeword and update, and codewords starve at a decay above the one below.
@@ -121,6 +130,96 @@ def compile_layers(model: SpidrForPretraining, convolutions: bool = False, **opt
             module.compile(dynamic=True, **options)
 
 
+class Learner:
+    """The model as it trains, on its device, frozen, compiled, and in DDP or shards as the run wants it.
+
+    Args:
+        model: on any device, the same on every process.
+        config, accelerator: of the run.
+        checkpoint: where the run resumes: it has the optimizer's moments.
+        compiled: compile what `run.compile` names, and keep that in this folder; None: compile nothing.
+
+    Attributes:
+        optimizer: over what trains. `parameters`: the same, as a list.
+        loss_scale: of float16.
+        notes: what a user should know.
+    """
+
+    def __init__(
+        self,
+        model: SpidrForPretraining,
+        config: PretrainingConfig,
+        accelerator: Accelerator,
+        checkpoint: Checkpoint | None = None,
+        compiled: Path | None = None,
+    ):
+        self.model, self.notes = model, []
+        self._accelerator, self._seed = accelerator, config.run.random_seed
+        self._precision, self._move = autocast(config, accelerator.device), BatchMover(accelerator.device)
+        model.to(accelerator.device).train()
+        exclude_parameters(model, config)
+        if (checkpoint.state.step if checkpoint else 0) >= model.config.freeze_step:
+            model.freeze_feature_encoder()
+        use_kernels(config.run.kernels)
+        if compiled and config.run.compile:
+            self._compile(compiled, config.run.compile_convolutions)
+        if sharding := sharding_plugin(accelerator):
+            shard(model, sharding)
+            self.notes.append(f"The model lies in shards on {accelerator.num_processes} processes (FSDP2).")
+        self.optimizer = make_optimizer(model, config.optimizer)
+        self.loss_scale = LossScale(config.optimizer.dtype == "float16", checkpoint and checkpoint.state.loss_scale)
+        if checkpoint:
+            checkpoint.load_optimizer(self.optimizer, {p: name for name, p in model.named_parameters()})
+        self._share()
+
+    def __call__(self, batch: Batch) -> SpidrForPretrainingOutput:
+        """Forward of a micro-batch."""
+        # Named after the batch, the random numbers of dropout need not be saved and belong to no process.
+        torch.manual_seed(dropout_seed(self._seed, batch.key))
+        with self._precision:
+            return self._distributed(**self._move(batch).inputs)
+
+    def forgetting(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+        """The batches, but before it gives the first the model forgets (`forget`): it looks at the first `count`."""
+        first = list(islice(batches, count))
+        looked_at = ((dropout_seed(self._seed, batch.key), self._move(batch).inputs) for batch in first)
+        forget(self.model, looked_at, self._precision, self._seed)
+        yield from chain(first, batches)
+
+    def gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
+        """Whether the forward and backward inside share their gradients among the processes, or keep them for later."""
+        return gradient_sync(self._distributed, enabled)
+
+    def clip_gradients(self, scale: Tensor, max_norm: float) -> Tensor:
+        """Scale all gradients, then clip their norm. Returns the norm between the two."""
+        return scale_and_clip(self.parameters, scale, max_norm)
+
+    def freeze(self) -> None:
+        """Feature extractor and projection no longer train: neither optimizer nor processes have to do with them."""
+        self.model.freeze_feature_encoder()
+        drop_frozen(self.optimizer)
+        self._share()
+
+    def release(self) -> None:
+        """Let go of the process group."""
+        # DDP must not be the last to do so: it would wait, Python's lock in hand, for a thread of the group that wants
+        # this lock.
+        self._distributed = self.model
+        gc.collect()
+
+    def _share(self) -> None:
+        self._distributed: nn.Module = self.model  # an earlier wrapping goes first
+        self._distributed = distribute(self.model, self._accelerator)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _compile(self, folder: Path, convolutions: bool) -> None:
+        if self._accelerator.device.type != "cuda":
+            self.notes.append("`run.compile` has no effect on this device.")
+            return
+        keep_compiled(folder)
+        compile_layers(self.model, convolutions=convolutions)
+
+
 def keep_compiled(folder: Path) -> None:
     """Where compiled code goes, to be found by the next start; variables that say otherwise hold."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute() / "inductor"))
@@ -209,6 +308,7 @@ def save_final(model: SpidrForPretraining, folder: str | Path, config: Pretraini
 
 __all__ = [
     "CollapseWatch",
+    "Learner",
     "autocast",
     "compile_layers",
     "exclude_parameters",

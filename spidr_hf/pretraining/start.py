@@ -1,28 +1,144 @@
-"""How a run begins: with random weights, with those of a checkpoint in any format, or where it was stopped."""
+"""How a run begins: with random weights, with those of a checkpoint in any format, or where it was stopped; and how it
+leaves its folder."""
 
+import os
+import sys
 import tomllib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..configuration_spidr import SpidrConfig
 from ..conversion.checkpoints import read_config, read_pretraining_checkpoint
+from ..conversion.errors import ConversionError
 from ..conversion.model_folder import is_model_folder, load_folder
 from ..conversion.sources import find_source
 from ..conversion.spidr_format import objective_of
 from ..conversion.tensors import check_tensors
+from ..data.open import open_source
+from ..data.sources import AudioSource, StreamedSource
 from ..hub.spidr_names import architecture_differences, to_model_section
 from ..modeling_spidr import SpidrForPretraining
-from ..system.errors import ConfigError
+from ..system.errors import ConfigError, RunFolderError
 from ..system.fields import differences
 from ..system.files import write_text
-from ..training.checkpoints import Checkpoint, TrainerState
+from ..system.processes import RunLock, gather_all
+from ..training.checkpoints import MODEL_FILE, Checkpoint, Checkpoints, TrainerState
+from ..training.metrics import read_rows
+from ..training.stopping import StopSignal
+from ..training.trackers import end_trackers
 from .config import PretrainingConfig, make_config
+from .hub_push import check_push
+from .setup import Learner, make_accelerator, save_final, small_batch_note, whole_model
+
+
+@dataclass
+class Run:
+    """A run on its processes: what is asked for, where it lies, and where it stands.
+
+    Attributes:
+        config, output_dir, accelerator, checkpoints: what they are everywhere.
+        checkpoint: where it resumes; None: it begins.
+        source: the audio.
+        model: on the CPU, the same on every process.
+        state: what the next checkpoint begins with.
+        notes: what the user should know first, one line each; None is passed over.
+    """
+
+    config: PretrainingConfig
+    output_dir: Path
+    accelerator: Accelerator
+    checkpoints: Checkpoints
+    checkpoint: Checkpoint | None
+    source: AudioSource | StreamedSource
+    model: SpidrForPretraining
+    state: TrainerState
+    notes: list[str | None] = field(default_factory=list)
+    _lock: RunLock | None = None
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """Which process this is, of how many, and how many micro-batches of each make an update."""
+        accelerator, accumulation = self.accelerator, self.config.optimizer.gradient_accumulation_steps
+        return {
+            "rank": accelerator.process_index,
+            "world_size": accelerator.num_processes,
+            "accumulation": accumulation,
+        }
+
+    def stop_signal(self) -> StopSignal:
+        """From now on, signals and Ctrl-C ask the run to save and stop."""
+        return StopSignal(self.accelerator.device, folders=[self.checkpoints.folder, self.output_dir])
+
+    def end(self, learner: Learner, summary: str) -> Path | None:
+        """Leave the model of a run that is finished in `final`, with a summary in its card; then let go of the folder,
+        the trackers and the other processes. Every process calls it. Returns the model's folder, None where the run is
+        not finished."""
+        finished, final = self.state.step >= self.config.optimizer.max_steps, self.output_dir / "final"
+        whole = whole_model(self.model, keep=self._lock is not None) if finished else None
+        if self._lock is not None:
+            self.checkpoints.wait()
+            if whole is not None:
+                save_final(whole, final, self.config, summary)
+            self._lock.release()
+        self.accelerator.wait_for_everyone()
+        learner.release()
+        self.accelerator.end_training()
+        end_trackers()
+        return final if finished else None
+
+
+def open_run(config: PretrainingConfig, output_dir: Path) -> Run | None:
+    """Processes, folder, audio and weights of a run that begins, or resumes from its newest checkpoint.
+
+    Returns None, and leaves the folder as it is, where the run is complete; a line says so. Raises an error of
+    `system.errors` for what cannot be run.
+    """
+    accelerator, notes = make_accelerator(config, output_dir)
+    world_size, is_main = accelerator.num_processes, accelerator.is_main_process
+    notes += [*config.notes, small_batch_note(config, world_size)]
+    if config.run.use_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    checkpoints = Checkpoints(output_dir / "checkpoints", config.run.keep_latest, writes=is_main)
+    lock = None
+    # The first process takes the folder, the others then find everything there.
+    with accelerator.main_process_first():
+        if is_main:
+            lock = RunLock(output_dir)
+            checkpoints.remove_partial()
+        checkpoint = checkpoints.newest()
+        complete = complete_note(output_dir, config, checkpoint)
+        if complete is None:
+            if is_main:
+                if config.run.push_to_hub and checkpoint is None:
+                    check_push(config.run.push_to_hub, make=True)
+                notes += settle_config(output_dir, config, checkpoint)
+            source = open_source(config.data, cache=output_dir / "data.arrow", progress=is_main)
+            model, origin = make_model(config, checkpoint)
+    if complete is not None:
+        if lock is not None:
+            print(complete, file=sys.stderr)
+            lock.release()
+        accelerator.end_training()
+        return None
+    found = gather_all([checkpoint.state.step if checkpoint else 0])
+    if len(set(found)) > 1:
+        raise RunFolderError(f"The processes find different checkpoints in {output_dir}: {found}. Do they share it?")
+    state = checkpoint.state if checkpoint else TrainerState(data=source.fingerprint)
+    if checkpoint:
+        notes += resume_notes(state, source.fingerprint, world_size, config.optimizer.gradient_accumulation_steps)
+        state.data = source.fingerprint
+    notes.append(origin)
+    return Run(config, output_dir, accelerator, checkpoints, checkpoint, source, model, state, notes, lock)
 
 
 def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tuple[SpidrForPretraining, str]:
-    """The model to begin (or go on) with, and where it comes from."""
+    """The model to begin or resume with, and where it comes from."""
     model = initial_model(config.model, config.run.random_seed)
     if checkpoint is not None:
         checkpoint.load_model(model)
@@ -30,16 +146,19 @@ def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tupl
     start = config.run.init_ckpt
     if start is None:
         return model, "Beginning with random weights."
-    if is_model_folder(start):
-        stored, tensors = load_folder(start)
-    else:
-        stored, tensors = read_original(start, config)
-    if differing := architecture_differences(stored, config.model):
-        values = ", ".join(
-            f"{name} is {theirs!r} there and {ours!r} here" for name, (theirs, ours) in differing.items()
-        )
-        raise ConfigError(f"`run.init_ckpt` {start} is another model than [model] says: {values}.")
-    check_tensors(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()}, what=start)
+    try:
+        if is_model_folder(start):
+            stored, tensors = load_folder(start)
+        else:
+            stored, tensors = read_original(start, config)
+        if differing := architecture_differences(stored, config.model):
+            values = ", ".join(
+                f"{name} is {theirs!r} there and {ours!r} here" for name, (theirs, ours) in differing.items()
+            )
+            raise ConfigError(f"`run.init_ckpt` {start} is another model than [model] says: {values}.")
+        check_tensors(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()}, what=start)
+    except ConversionError as error:
+        raise ConfigError(str(error)) from error
     model.load_state_dict(tensors)
     # Weights, codebooks and teacher are taken over; steps, and with them every schedule and the freeze, begin anew.
     model.current_step.zero_()
@@ -58,16 +177,16 @@ def read_original(start: str, config: PretrainingConfig) -> tuple[SpidrConfig, d
 
 def settle_config(output_dir: Path, config: PretrainingConfig, checkpoint: Checkpoint | None) -> list[str]:
     """Write config.toml; when resuming, say what is not as it was, and refuse another model."""
-    notes = config_changes(output_dir, config, checkpoint)
+    changes = config_changes(output_dir, config, checkpoint)
     write_text(
         output_dir / "config.toml",
         f"# The whole configuration of this run. The command that began it continues it.\n\n{config.to_toml()}",
     )
-    return notes
+    return [f"Changed since this run began: {change}" for change in changes]
 
 
 def config_changes(output_dir: Path, config: PretrainingConfig, checkpoint: Checkpoint | None) -> list[str]:
-    """What is not as it was when the run in this folder began. Another model is refused."""
+    """What is not as it was when the run in this folder began, one `name old -> new` each. Another model is refused."""
     path = output_dir / "config.toml"
     if checkpoint is None or not path.exists():
         return []
@@ -78,7 +197,33 @@ def config_changes(output_dir: Path, config: PretrainingConfig, checkpoint: Chec
             f"{output_dir} holds a run of another model ({', '.join(model)} differ). Choose another --output-dir; "
             "its checkpoint can be that run's `run.init_ckpt`."
         )
-    return [f"Changed since this run began: {name} {old!r} -> {new!r}" for name, (old, new) in changed.items()]
+    return [f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items()]
+
+
+def final_step(output_dir: Path) -> int | None:
+    """Updates that the model in `final` has seen; None where there is none."""
+    try:
+        with safe_open(output_dir / "final" / MODEL_FILE, framework="pt") as file:
+            return int(file.get_tensor("current_step").item())
+    except (OSError, SafetensorError):
+        return None
+
+
+def complete_note(output_dir: Path, config: PretrainingConfig, checkpoint: Checkpoint | None) -> str | None:
+    """What to tell the user where nothing is left to do: no update, no final model, no validation of it."""
+    if checkpoint is None or not config.optimizer.max_steps <= checkpoint.state.step == final_step(output_dir):
+        return None
+    step, rows = checkpoint.state.step, output_dir / "validation.jsonl"
+    if config.run.validate_interval:
+        validated = {row["name"] for row in read_rows(rows) if row["step"] == step} if rows.exists() else set()
+        if not validated.issuperset(config.validation):
+            return None
+    changes = config_changes(output_dir, config, checkpoint)
+    return (
+        f"{output_dir} is complete: {step} updates are made, and {output_dir / 'final'} is their model. All is left as "
+        "it is; a larger optimizer.max_steps continues the run."
+        + (f" Of no effect, therefore: {', '.join(changes)}." if changes else "")
+    )
 
 
 def resume_notes(state: TrainerState, data: str, world_size: int, accumulation: int) -> list[str]:
@@ -87,7 +232,7 @@ def resume_notes(state: TrainerState, data: str, world_size: int, accumulation: 
     if (state.world_size, state.accumulation) != (world_size, accumulation):
         notes.append(
             f"Updates were made of {state.world_size} x {state.accumulation} batches (processes x accumulation) and "
-            f"now are of {world_size} x {accumulation}. The order of the utterances goes on as it was."
+            f"now are of {world_size} x {accumulation}. The order of the utterances stays as it was."
         )
     if state.data != data:
         notes.append("The audio is not what it was when the run began, so this epoch's order is another.")
@@ -100,4 +245,15 @@ def initial_model(config: SpidrConfig, seed: int) -> SpidrForPretraining:
     return SpidrForPretraining(config)
 
 
-__all__ = ["config_changes", "initial_model", "make_model", "read_original", "resume_notes", "settle_config"]
+__all__ = [
+    "Run",
+    "complete_note",
+    "config_changes",
+    "final_step",
+    "initial_model",
+    "make_model",
+    "open_run",
+    "read_original",
+    "resume_notes",
+    "settle_config",
+]

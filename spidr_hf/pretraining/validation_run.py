@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_trackers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 from ..data.sections import DataSection
@@ -28,9 +28,12 @@ from ..system.files import write_text
 from ..system.processes import gather_all, lock
 from ..training.checkpoints import MODEL_FILE, STATE_FILE, Checkpoints
 from ..training.metrics import curves
+from ..training.observers import Observer
 from ..training.trackers import end_trackers
 from .config import INHERITED, PretrainingConfig, load_config
+from .reporter import Reporter
 from .setup import autocast
+from .start import Run, final_step
 from .validation import ValidationSet, open_sets
 
 FILE_NAME, PLOT_NAME = "validation.jsonl", "validation.png"
@@ -70,7 +73,7 @@ class ValidationFile:
             self._replace([old for old in self.rows() if (old["step"], old["name"]) != key] + [dict(row)])
 
     def forget_after(self, step: int) -> None:
-        """Remove what training itself validated after `step`, from where it goes on."""
+        """Remove what training itself validated after `step`, from where it resumes."""
         with self._locked():
             rows = self.rows()
             kept = [row for row in rows if row["step"] <= step or row["checkpoint"] is not None]
@@ -99,17 +102,31 @@ class ValidationFile:
             yield
 
 
-class InlineValidation:
+class InlineValidation(Observer):
     """Validation by the training processes, every `run.validate_interval` updates, the first before any.
 
     All of them make one and call it alike.
+
+    Args:
+        config, output_dir, accelerator, model: of the run.
+        reporter: takes lines for the user, and the seconds that were not spent on training.
+        interrupted: whether the run is told to stop (asked after every batch).
     """
 
-    def __init__(self, config: PretrainingConfig, output_dir: Path, accelerator: Accelerator):
+    def __init__(
+        self,
+        config: PretrainingConfig,
+        output_dir: Path,
+        accelerator: Accelerator,
+        model: SpidrForPretraining,
+        reporter: Reporter,
+        interrupted: Callable[[], bool],
+    ):
         if not config.validation:
             raise ConfigError(f"`run.validate_interval` is {config.run.validate_interval}, and {_HOW_TO_ADD}")
         self._interval, self._last = config.run.validate_interval, config.optimizer.max_steps
         self._accelerator, self._first_layer = accelerator, config.model.first_codebook_layer
+        self._model, self._reporter, self._interrupted = model, reporter, interrupted
         with accelerator.main_process_first():
             self.sets = open_sets(config, output_dir, progress=accelerator.is_main_process)
         self._file = ValidationFile(output_dir)
@@ -124,24 +141,18 @@ class InlineValidation:
         missing = gather_all([missing])[0]
         return [validation for validation in self.sets if validation.name in missing]
 
-    def __call__(
-        self,
-        step: int,
-        model: SpidrForPretraining,
-        say: Callable[[str], None],
-        interrupted: Callable[[], bool] = lambda: False,
-    ) -> float:
-        """Validate where it is due. Returns the seconds that it took."""
-        start, accelerator = time.perf_counter(), self._accelerator
+    def after_step(self, step: int) -> None:
+        """Validate where it is due."""
+        start, accelerator, say = time.perf_counter(), self._accelerator, self._reporter.say
         for validation in self.due(step):
             scores = validation.evaluate(
-                model,
+                self._model,
                 self._precision,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
-                interrupted=interrupted,
+                interrupted=self._interrupted,
             )
-            if scores is None:  # the run is told to stop, and makes up for this when it goes on
+            if scores is None:  # the run is told to stop, and makes up for this when it resumes
                 break
             row = _row(step, validation, scores, None)
             accelerator.log(_curves(row), step=step)
@@ -150,7 +161,7 @@ class InlineValidation:
                 say(describe(row, self._first_layer))
                 for note in validation.new_notes():
                     say(f"[validation.{validation.name}]: {note}.")
-        return time.perf_counter() - start
+        self._reporter.pause(time.perf_counter() - start)
 
 
 class RunFollower:
@@ -203,7 +214,7 @@ class RunFollower:
     def follow(self, poll: float) -> None:
         """Validate checkpoints as they appear, until the run has finished and its last weights are validated.
 
-        A run that is interrupted is waited for: it may go on at any time.
+        A run that is interrupted is waited for: it may resume at any time.
         """
         while True:
             self.catch_up()
@@ -221,7 +232,7 @@ class RunFollower:
 
     def finished(self) -> bool:
         """Whether training has reached the last step of its (present) config and left its model."""
-        final = self._final_step()
+        final = final_step(self.run_dir)
         return final is not None and final >= self.config.optimizer.max_steps
 
     def validate_next(self) -> bool:
@@ -273,15 +284,8 @@ class RunFollower:
             # A checkpoint without a state is being deleted.
             if (checksum := _checksum(folder)) is not None:
                 folders.append((step, folder, checksum))
-        final = self._final_step()
+        final = final_step(self.run_dir)
         return folders if final is None or final in steps else [*folders, (final, self.run_dir / "final", None)]
-
-    def _final_step(self) -> int | None:
-        try:
-            with safe_open(self.run_dir / "final" / MODEL_FILE, framework="pt") as file:
-                return int(file.get_tensor("current_step").item())
-        except (OSError, SafetensorError):
-            return None
 
     def _load(self, folder: Path) -> None:
         # Not mapped into memory: reading on in a mapped file that is deleted on a network file system kills a process.
@@ -297,7 +301,7 @@ class RunFollower:
         return torch.autocast(self.device.type, dtype=getattr(torch, dtype))
 
     def _reload(self) -> tuple[PretrainingConfig, list[ValidationSet]]:
-        """The run's config and data sets; a run that goes on may have changed them."""
+        """The run's config and data sets; a run that resumes may have changed them."""
         path = self.run_dir / "config.toml"
         if not path.exists():
             raise ConfigError(f"{self.run_dir} is no run's folder: there is no config.toml in it.")
@@ -398,13 +402,13 @@ def _start_tracker(config: PretrainingConfig, run_dir: Path) -> GeneralTracker |
     return tracker
 
 
-def start_validation(
-    config: PretrainingConfig, output_dir: Path, accelerator: Accelerator, step: int
-) -> InlineValidation | None:
-    """Inline validation of a run that begins (or goes on) after `step`, where its config asks for it."""
-    if accelerator.is_main_process:
-        ValidationFile(output_dir).forget_after(step)
-    return InlineValidation(config, output_dir, accelerator) if config.run.validate_interval else None
+def start_validation(run: Run, reporter: Reporter, interrupted: Callable[[], bool]) -> Observer:
+    """Inline validation of a run that begins or resumes, where its config asks for it."""
+    if run.accelerator.is_main_process:
+        ValidationFile(run.output_dir).forget_after(run.state.step)
+    if not run.config.run.validate_interval:
+        return Observer()
+    return InlineValidation(run.config, run.output_dir, run.accelerator, run.model, reporter, interrupted)
 
 
 __all__ = ["FILE_NAME", "InlineValidation", "RunFollower", "ValidationFile", "describe", "start_validation"]

@@ -12,8 +12,10 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from .errors import RunFolderError
+from .allocation import prepare_training_process
+from .errors import AudioError, BatchingError, ConfigError, ManifestError, RunFolderError
 from .messages import end_bars, log_above_bars
+from .processes import contact_lost, die_with_launcher, kill_workers_at_exit
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -40,7 +42,7 @@ def clear_errors(extra: str = "eval") -> Iterator[None]:
     except torch.OutOfMemoryError:
         end("error: the device's memory is full: lower --batch-seconds (or --batch-size), and start again.")
     except KeyboardInterrupt:
-        end("Interrupted. The same command goes on from here.")
+        end("Interrupted. The same command resumes from here.")
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -56,8 +58,35 @@ def describe(error: Exception) -> str:
     """An error as one line; of a full disk, with what to do."""
     if isinstance(error, OSError) and error.errno in _FULL:
         what = f"{error.filename} cannot be written" if error.filename else "nothing more can be written"
-        return f"the disk is full: {what} ({error.strerror}). Make room there; the same command then goes on."
+        return f"the disk is full: {what} ({error.strerror}). Make room there; the same command then continues."
     return " ".join(str(error).split())
 
 
-__all__ = ["clear_errors", "describe", "end"]
+@contextmanager
+def training_command() -> Iterator[None]:
+    """Prepares a process that trains, and ends it with one line where its user can mend what went wrong.
+
+    Any other error keeps its traceback: what a run of days died of must be found without a second one. The processes
+    that decode audio end with this one, and this one with its launcher.
+    """
+    die_with_launcher()
+    kill_workers_at_exit()
+    prepare_training_process()
+    log_above_bars()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except (AudioError, BatchingError, ConfigError, ManifestError, RunFolderError, OSError) as error:
+        # One line from one process; the launcher takes the others down.
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(1)
+        end(f"error: {describe(error)}")
+    except RuntimeError as error:
+        if (message := contact_lost(error)) is None:
+            raise
+        end(f"error: {message}")
+    except KeyboardInterrupt:  # before there is anything to save
+        end("Interrupted before the first step. The same command starts again.")
+
+
+__all__ = ["clear_errors", "describe", "end", "training_command"]

@@ -6,9 +6,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..system.files import replaced_file
+from .observers import Observer
 
 
-class StepProfiler:
+class StepProfiler(Observer):
     """Profiles steps `first` to `last` of a run and writes `profile/steps_FIRST-LAST.json.gz`.
 
     The trace opens in https://ui.perfetto.dev and chrome://tracing. Other steps cost nothing.
@@ -23,16 +24,19 @@ class StepProfiler:
         self.path = Path(output_dir) / "profile" / f"steps_{self._first}-{self._last}.json.gz"
         self._profile: profile | None = None
 
-    def before(self, step: int) -> None:
-        """To be called before each step: begins or ends the profile where it is time."""
-        if self._profile is not None and step > self._last:
-            self.finish()
-        elif self._profile is None and step == self._first:
+    def before_step(self, step: int) -> None:
+        """Begin the profile where it is time."""
+        if step == self._first:
             activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
             self._profile = profile(activities=activities, record_shapes=True)
             self._profile.start()
 
-    def finish(self) -> None:
+    def after_step(self, step: int) -> None:
+        """End the profile where it is time."""
+        if step == self._last:
+            self.finish()
+
+    def finish(self, final: Path | None = None) -> None:
         """Write what has been profiled, if anything."""
         if self._profile is None:
             return

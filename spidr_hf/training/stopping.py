@@ -25,8 +25,15 @@ _WRITING_SECONDS = 1800
 _LOOK_SECONDS = 2.0
 
 
+# What asks a run to stop.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
 class StopSignal:
-    """SIGTERM and SIGUSR1 (what SLURM sends before a time limit) ask the run to save and stop.
+    """SIGTERM, SIGUSR1 (what SLURM sends before a time limit), SIGHUP and Ctrl-C ask the run to save and stop.
+
+    A second Ctrl-C ends the process at once. What was ignored when the process was started (SIGHUP by `nohup`, Ctrl-C
+    by a shell's `&`) stays ignored.
 
     `agreed` tells every process at the same update, so that they stop together. A process that does not get there is
     ended after two minutes, but not while a folder is written, by itself or by the process that all wait for: a slow
@@ -42,8 +49,9 @@ class StopSignal:
         self._device = device
         self._folders = [Path(folder) for folder in folders]
         self._pending: tuple[Any, HostCopy | Tensor] | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+        for number in STOPPING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def agreed(self) -> bool:
         """Whether to stop now: whether any process had been asked to when this was called the last time.
@@ -71,6 +79,8 @@ class StopSignal:
             self._pending = None
 
     def _handle(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT:  # the next one does what it does without us
+            signal.signal(number, signal.SIG_DFL)
         if self.received is None:
             self.received = signal.Signals(number).name
             # If the others are gone, nothing in this process may ever return, Python's signal handlers included:
@@ -90,4 +100,4 @@ class StopSignal:
                 return
 
 
-__all__ = ["StopSignal"]
+__all__ = ["STOPPING", "StopSignal"]

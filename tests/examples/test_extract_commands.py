@@ -158,7 +158,7 @@ def test_an_interrupted_run_goes_on(model_folder, data, expected, tmp_path, monk
     monkeypatch.setattr(spidr_hf.units.extraction_run, "extract", dies)
     arguments = (model_folder, data, tmp_path, "--layers", 4, 3, "--batch-seconds", 10)
     stopped = run_command("extract_units", *arguments)
-    assert stopped.status != 0 and "goes on from here" in stopped.err
+    assert stopped.status != 0 and "resumes from here" in stopped.err
     assert not (tmp_path / "4").exists()  # no half-written units
     (journal,) = (tmp_path / ".partial").glob("*/*.jsonl")
     with journal.open("a") as file:

@@ -1,5 +1,6 @@
 """`examples/pretrain.py` from end to end: it runs, and goes on where it was killed. (The rest with real processes.)"""
 
+import ast
 import json
 import os
 import shutil
@@ -131,10 +132,17 @@ def test_killed_and_started_again_it_is_the_same_run(pretrain, monkeypatch, opti
         for _ in range(2):
             with pytest.raises(Killed):
                 pretrain("killed", *options)
-    told = StopSignal.agreed
+    told, asked = StopSignal.agreed, []
+
+    def in_time(self):
+        asked.append(told(self))
+        self.received = "SIGTERM" if len(asked) == 2 else None  # a step is made, then it is seen
+        return told(self)
+
     with monkeypatch.context() as patch:
-        patch.setattr(StopSignal, "agreed", lambda self: told(self) or setattr(self, "received", "SIGTERM") or True)
+        patch.setattr(StopSignal, "agreed", in_time)
         pretrain("killed", *options)
+    assert len(asked) == 2
     assert not (expected.parent / "killed" / "final").exists()
     assert_same_run(pretrain("killed", *options), expected)
 
@@ -192,7 +200,7 @@ def test_a_full_disk_under_the_final_save(pretrain, monkeypatch):
     assert_same_run(pretrain("full"), expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_between_accumulated_batches(pretrain, monkeypatch, capsys, number):
     """The update is made with all of its batches, then saved; the run goes on with the next one."""
     options = ["--optimizer.gradient_accumulation_steps", "3", "--optimizer.max_steps", "6"]
@@ -210,6 +218,57 @@ def test_a_signal_between_accumulated_batches(pretrain, monkeypatch, capsys, num
     assert f"{number.name}: saved step 4." in capsys.readouterr().err and not (folder / "final").exists()
     assert Checkpoints(folder / "checkpoints").steps() == [3, 4] and len(rows(folder)) == 4
     assert_same_run(pretrain("told", *options), expected)
+
+
+def test_stopped_before_the_first_step(pretrain, monkeypatch, capsys):
+    """What there is to save are the first weights; the run resumes as if it had begun then."""
+    expected = pretrain("whole", "--optimizer.max_steps", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "agreed", lambda self: bool(setattr(self, "received", "SIGINT") or True))
+        folder = pretrain("told", "--optimizer.max_steps", "4")
+        assert "SIGINT: saved step 0." in capsys.readouterr().err
+        before = (folder / "checkpoints" / "step_0" / "trainer_state.json").stat().st_mtime_ns
+        pretrain("told", "--optimizer.max_steps", "4")  # again at once: there is nothing to save anew
+    assert (folder / "checkpoints" / "step_0" / "trainer_state.json").stat().st_mtime_ns == before
+    assert_same_run(pretrain("told", "--optimizer.max_steps", "4"), expected)
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_a_complete_run_is_left_as_it_is(pretrain, capsys):
+    """Also when it is started with another option, which would have no effect; a longer one continues it."""
+    folder = pretrain("run", "--optimizer.max_steps", "4")
+    before = snapshot(folder)
+    for options, effect in (([], ""), (["--optimizer.lr", "1e-3"], "optimizer.lr 0.002 -> 0.001")):
+        capsys.readouterr()
+        pretrain("run", "--optimizer.max_steps", "4", *options)
+        said = capsys.readouterr().err.strip()
+        assert snapshot(folder) == before and "\n" not in said
+        assert "is complete: 4 updates are made" in said and said.endswith(effect + ("." if effect else "run."))
+    pretrain("run", "--optimizer.max_steps", "3")  # fewer than there are
+    assert snapshot(folder) == before and "is complete: 4 updates" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="holds a run of another model"):
+        pretrain("run", "--optimizer.max_steps", "4", "--model.codebook_size", "13")
+    assert snapshot(folder) == before
+    pretrain("run", "--optimizer.max_steps", "5")
+    assert SpidrForPretraining.from_pretrained(folder / "final").current_step.item() == 5
+
+
+def test_killed_between_the_last_checkpoint_and_the_final_model_of_a_longer_run(pretrain, monkeypatch):
+    """`final` is there, but that of the shorter run."""
+    folder = pretrain("run", "--optimizer.max_steps", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(SpidrFeatureExtractor, "save_pretrained", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            pretrain("run")
+    pretrain("run")
+    assert SpidrForPretraining.from_pretrained(folder / "final").current_step.item() == 12
 
 
 def test_killed_during_the_final_save(pretrain, monkeypatch):
@@ -406,6 +465,14 @@ def test_a_second_run_in_the_same_folder_is_refused(pretrain, tmp_path, monkeypa
     finally:
         other.kill()
         other.wait()
+
+
+def test_it_reads_like_an_essay():
+    """Few parts, each of which says what it is."""
+    names = {node.module for node in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(node, ast.ImportFrom)} - {
+        "pathlib"
+    }
+    assert len(names) <= 10 and all(name.startswith("spidr_hf.") for name in names)
 
 
 @pytest.mark.slow

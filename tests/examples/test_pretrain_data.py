@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from runs import assert_same_run, finish, launch, load_script, results, rows, write_audio, write_config
 
 from spidr_hf.pretraining.config import load_config
+from spidr_hf.training.stopping import STOPPING
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def stored(audio, tmp_path_factory) -> Path:
 def pretrain(audio, tmp_path) -> Iterator:
     """`pretrain(name, *overrides)` runs the command's `pretrain` in this process and returns the run's folder."""
     module = load_script()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     config = write_config(tmp_path / "tiny.toml", audio)
 
     def run(name: str, *overrides: str) -> Path:

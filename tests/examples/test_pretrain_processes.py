@@ -111,7 +111,7 @@ def test_signals_save_and_exit_cleanly(config, tmp_path):
         *options,
     ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         process = subprocess.Popen(
             command_line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -122,6 +122,27 @@ def test_signals_save_and_exit_cleanly(config, tmp_path):
         (step, *_) = reversed(Checkpoints(tmp_path / "run" / "checkpoints").steps())
         assert f"{number.name}: saved step {step}. The same command continues from there." in printed
         assert len(rows(tmp_path / "run")) == step
+
+
+def test_a_second_interruption_ends_at_once(config, tmp_path):
+    """Ctrl-C twice: no traceback, nothing half-written, and what was saved before is resumed."""
+    slow = "import time; from spidr_hf.training import checkpoints\nsave = checkpoints.save_file\n"
+    slow += "checkpoints.save_file = lambda *a, **k: (print('saving', flush=True), time.sleep(60), save(*a, **k))"
+    arguments = ["--config", str(config), "--output-dir", str(tmp_path / "run"), "--run.save_interval", "1000"]
+    arguments += ["--optimizer.max_steps", "400"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command_line = [sys.executable, str(faulty(tmp_path, slow)), *arguments]
+    process = subprocess.Popen(
+        command_line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_rows(process, tmp_path / "run", 2)
+    process.send_signal(signal.SIGINT)
+    while "saving" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=5)[0]
+    assert process.returncode == -signal.SIGINT and "Traceback" not in rest
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == []
 
 
 def test_processes_and_accumulated_batches_are_the_same(config, tmp_path):

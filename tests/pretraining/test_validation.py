@@ -537,6 +537,34 @@ def test_inline_validation_goes_on_where_it_was_killed(pretrain, monkeypatch):
     assert ValidationFile(folder).rows() == ValidationFile(expected).rows()
 
 
+def test_stopped_during_the_validation_before_the_first_step(pretrain, monkeypatch):
+    """It is seen at the next batch of it, and everything is made up for by the next start."""
+    inline = ["--run.validate_interval", "4"]
+    expected = pretrain("whole", *inline)
+    asked = []
+
+    def signalled(self) -> bool:
+        asked.append(self)
+        self.received = "SIGTERM" if len(asked) > 1 else None
+        return self.received is not None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "agreed", signalled)
+        folder = pretrain("told", *inline)
+    assert steps(folder) == [] and rows(folder) == [] and len(asked) == 3
+    assert_same_run(pretrain("told", *inline), expected)
+    assert ValidationFile(folder).rows() == ValidationFile(expected).rows()
+
+
+def test_a_complete_run_whose_last_validation_is_missing_makes_up_for_it(pretrain):
+    inline = ["--run.validate_interval", "4"]
+    folder = pretrain("run", *inline)
+    file, expected = ValidationFile(folder), ValidationFile(folder).rows()
+    file.path.write_text("".join(json.dumps(row) + "\n" for row in expected[:-1]))
+    pretrain("run", *inline)
+    assert file.rows() == expected
+
+
 def test_rows_of_a_future_that_did_not_happen_are_forgotten(pretrain):
     inline = ["--run.validate_interval", "4"]
     folder = pretrain("run", *inline)

@@ -54,20 +54,24 @@ def test_it_is_drawn_by_another_process_as_the_run_goes(tmp_path, monkeypatch):
     model = make_config({"run": {"model_type": "spidr"}, "data": {"manifest": "x"}}).model
     (tmp_path / "metrics.jsonl").write_text(metrics_row(1))
     (tmp_path / ".curves.1.partial.png").write_text("of a killed run")
-    picture = CurvesPicture(tmp_path, model, minutes=0.001)
+    said = []
+    picture = CurvesPicture(tmp_path, model, 0.001, said.append)
     assert not list(tmp_path.glob(".curves*"))
     time.sleep(0.07)
     start = time.perf_counter()
-    picture.update()
+    picture.after_step(1)
     assert time.perf_counter() - start < 1  # it does not wait for the picture
-    picture.update()
-    assert picture.finish() is None and (tmp_path / "curves.png").exists()
+    picture.after_step(2)
+    picture.finish()
+    assert said == [None] and (tmp_path / "curves.png").exists()
 
     broken = tmp_path / "broken.py"
     broken.write_text("raise OSError('no room for pictures')")
     monkeypatch.setattr(curves_picture, "_DRAWING", broken)
-    assert "no room for pictures" in CurvesPicture(tmp_path, model, minutes=1).finish()
-    assert CurvesPicture(tmp_path, model, minutes=0).finish() is None
+    CurvesPicture(tmp_path, model, 1, said.append).finish()
+    assert "no room for pictures" in said[-1]
+    CurvesPicture(tmp_path, model, 0, said.append).finish()
+    assert len(said) == 2
 
 
 # ---- profiles
@@ -76,14 +80,15 @@ def test_it_is_drawn_by_another_process_as_the_run_goes(tmp_path, monkeypatch):
 def test_a_profile_of_some_steps(tmp_path):
     profiler = StepProfiler(tmp_path, "3:4")
     for step in range(1, 7):
-        profiler.before(step)
+        profiler.before_step(step)
         torch.ones(1, 10 + step) @ torch.ones(10 + step, 1)
-        assert profiler.path.exists() == (step > 4)
+        profiler.after_step(step)
+        assert profiler.path.exists() == (step >= 4)
     profiler.finish()
     trace = json.loads(gzip.decompress(profiler.path.read_bytes()))
     shapes = [event["args"].get("Input Dims") for event in trace["traceEvents"] if event.get("name") == "aten::mm"]
     assert [shape[0] for shape in shapes] == [[1, 13], [1, 14]]
-    StepProfiler(tmp_path / "none", None).before(0)
+    StepProfiler(tmp_path / "none", None).before_step(1)
     assert not (tmp_path / "none").exists()
 
 
@@ -149,24 +154,26 @@ def test_a_hub_that_is_away_stops_nothing(config, tmp_path, hub, caplog):
 def test_only_the_newest_waits(config, tmp_path, hub):
     """Uploads slower than training: what waits is replaced, and checkpoints may be removed meanwhile."""
     hub.gate.clear()
-    push = HubPush("me/spidr", load_config(config), tmp_path)
+    said = []
+    push = HubPush("me/spidr", load_config(config), tmp_path, said.append)
     for step in (1, 2, 3):
         folder = tmp_path / f"step_{step}"
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes([step]))
-        push.checkpoint(folder)
+        push.saved(folder)
         if step == 1:
             while push._next is not None:  # the first is being uploaded
                 time.sleep(0.01)
         (folder / "model.safetensors").unlink()
-    push.checkpoint(tmp_path / "step_4")  # not there: said, and no more
+    push.saved(tmp_path / "step_4")  # not there: said, and no more
     hub.gate.set()
     while push._next is not None or len(hub.uploads) < 2:
         time.sleep(0.01)
     final = tmp_path / "final"
     final.mkdir()
     (final / "model.safetensors").write_bytes(b"final")
-    assert push.final(final)
+    push.finish(final)
+    assert said == ["Pushed to https://huggingface.co/me/spidr"]
     assert [(message, files["model.safetensors"]) for _, message, files in hub.uploads] == [
         ("Step 1", b"\x01"),
         ("Step 3", b"\x03"),
