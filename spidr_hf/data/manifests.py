@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from ..system.errors import AudioError, ManifestError
 from ..system.files import replaced_file
-from .audio import FileWindow, audio_suffixes, read_audio, read_info, read_window
+from .audio import audio_suffixes, read_audio, read_info, read_window
+from .containers import FileWindow
 from .manifest_files import SCHEMA, read_csv, read_jsonl, read_tsv, rows_of, write_csv, write_jsonl
 from .sources import Skipped
 
