@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -167,8 +166,8 @@ def resample_audio(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
 
 
 def resampler_name() -> str:
-    """What `resample_audio` resamples with, for provenance."""
-    return f"soxr {version('soxr')}, high quality"
+    """What `resample_audio` resamples with, for provenance: another one gives other features."""
+    return "soxr, high quality"
 
 
 class _Resampler:

@@ -306,8 +306,6 @@ def _tracker_lines(plan: Plan, config: PretrainingConfig) -> None:
     plan.say("curves", tracker)
     if importlib.util.find_spec("matplotlib") is None:
         plan.notes.append("no pictures of the curves: pip install 'spidr_hf[train]' brings matplotlib.")
-    if config.data.resample and importlib.util.find_spec("scipy") is None:
-        plan.problems.append("`data.resample` needs scipy: pip install 'spidr_hf[train]'.")
 
 
 # ---- what it takes

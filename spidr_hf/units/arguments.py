@@ -3,12 +3,14 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
+from ..data.audio import resampler_name
 from ..data.open import open_data
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.loading import DTYPES
@@ -103,6 +105,8 @@ def extract_to(
         "context_seconds": args.context_seconds,
         "dtype": args.dtype,
         "resample": args.resample or None,
+        "resampler": resampler_name() if args.resample else None,
+        "resampler_version": version("soxr") if args.resample else None,
     }
     fileids = [source.fileid(index) for index in range(len(source))]
     store = store_class(

@@ -39,7 +39,7 @@ class SpeechToUnitsPipeline(Pipeline):
     torch data sets give an iterator.
 
     Sampling rates: an array alone counts as 16 kHz. Files and dictionaries say their rate; where it is another, the
-    audio is resampled to 16 kHz (polyphase filter), with one warning. Channels of files are averaged; arrays must be
+    audio is resampled to 16 kHz (soxr), with one warning. Channels of files are averaged; arrays must be
     mono.
 
     Args:

@@ -35,6 +35,7 @@ _IDENTITY = (
     "context_seconds",
     "dtype",
     "resample",
+    "resampler",
 )
 
 

@@ -139,7 +139,6 @@ def test_other_rates(data):
     other = other.cast_column("audio", datasets.Audio())
     with pytest.raises(ManifestError, match="8000 Hz"):
         DatasetSource(other, progress=False)
-    pytest.importorskip("scipy")
     assert len(DatasetSource(other, resample=True, progress=False).read(0)) == 8_000
 
 
@@ -189,7 +188,6 @@ def test_headers_are_read_once(data, tmp_path, headers):
             np.testing.assert_array_equal(source.read(index), plain.read(index))
     assert headers == []
 
-    pytest.importorskip("scipy")
     opened(resample=True)
     assert len(headers) == 4
     shutil.rmtree(tmp_path / "saved")

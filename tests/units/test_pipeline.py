@@ -91,7 +91,6 @@ def test_long_recordings_have_no_seams(folder):
 
 
 def test_other_rates_are_resampled(pipe, tmp_path):
-    pytest.importorskip("scipy")
     time = np.arange(3 * 48_000) / 48_000
     tone = (0.1 * np.sin(2 * np.pi * 300 * time * (1 + 0.2 * time))).astype(np.float32)
     low = pipe(np.ascontiguousarray(tone[::3]))["units"]
