@@ -23,8 +23,8 @@ def match_names(
         several = f"{len(candidates)} {what}s match {name!r}, {candidates[0]!r} for one" if candidates else None
         example = f", {next(iter(known))!r} for one" if known else ""
         raise ValueError(
-            f"{several or f'There is no {what} for {name!r}'} (one of {len(names)} utterances; {len(known)} {what}s{example}). Both "
-            "must have the same names: a path, or what it ends in where that is unique."
+            f"{several or f'There is no {what} for {name!r}'} (one of {len(names)} utterances; {len(known)} "
+            f"{what}s{example}). Both must have the same names: a path, or what it ends in where that is unique."
         )
     return matches, [name for name in names if name not in matches]
 
