@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     made = [Part(name, source, indices, task.labels(source)) for name, source, indices in parts]
     if args.task == "utterance" and (unknown := {task.name_of(i, made[1]) for i in made[1].indices} - set(names)):
         raise ValueError(f"The label {min(unknown)!r} of the validation audio does not occur in training.")
-    results = finetune(task, made[0], made[1], made[2:], settings, args.out_dir)
+    results = finetune(task, made[0], made[1], made[2:], settings, args.out_dir, args.fresh)
     if results and state.is_main_process:
         weights = layer_weights(task.model)
         draw(args.out_dir, results, weights)

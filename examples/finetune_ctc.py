@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     ngram = None
     if args.ngram:
         ngram = NgramDecoder(tokenizer, args.ngram, alpha=args.alpha, beta=args.beta, beam_width=args.beam_width)
-    results = finetune(task, made[0], made[1], made[2:], settings, args.out_dir)
+    results = finetune(task, made[0], made[1], made[2:], settings, args.out_dir, args.fresh)
     if not results:
         return
     lines = [f"Best step {results['best_step']} of {results['steps']}.", describe_scores(results)]

@@ -14,7 +14,7 @@ from ..data.labels import Labels, held_out, parse_hold_out
 from ..data.open import open_data
 from ..data.sources import AudioSource
 from ..feature_extraction_spidr import SpidrFeatureExtractor
-from ..hub.loading import loading
+from ..hub.loading import load_feature_extractor, loading
 from ..modeling_spidr_heads import SpidrHeadModel
 from ..training.metrics import read_rows
 from ..units.arguments import add_data_arguments
@@ -88,6 +88,11 @@ def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--log-interval", type=int, default=default.log_interval, help="default: %(default)s")
     group.add_argument("--num-workers", type=int, default=default.num_workers, help="that decode audio (%(default)s)")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="begin anew; what OUT_DIR has of an earlier run goes to OUT_DIR/earlier-1",
+    )
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -116,7 +121,7 @@ def load_for_finetuning(
     name = args.model
     torch.manual_seed(args.seed)
     with loading(name, args.revision) as place:
-        extractor = SpidrFeatureExtractor.from_pretrained(place, revision=args.revision)
+        extractor = load_feature_extractor(place, revision=args.revision)
         if args.random_encoder:
             config = SpidrConfig.from_pretrained(place, revision=args.revision, **changes)
             return model_class(config), extractor

@@ -32,7 +32,7 @@ from ..modeling_spidr_heads import SpidrHeadModel
 from ..system.errors import RunFolderError
 from ..system.files import replaced_file, replaced_folder, write_text
 from ..system.processes import RunLock
-from ..training.checkpoints import Checkpoints, TrainerState
+from ..training.checkpoints import Checkpoints, TrainerState, agree, set_aside
 from ..training.optimizing import scale_and_clip
 from ..training.schedules import learning_rate
 from ..training.stopping import StopSignal
@@ -46,12 +46,15 @@ _MAX_NONFINITE = 10
 _NUM_BUCKETS = 30
 
 
-def finetune(task: Task, train: Part, valid: Part, tests: Sequence[Part], settings: Settings, folder: Path) -> dict:
+def finetune(
+    task: Task, train: Part, valid: Part, tests: Sequence[Part], settings: Settings, folder: Path, fresh: bool = False
+) -> dict:
     """The whole run: train or go on, then evaluate the best weights and leave a model folder in `folder/final`.
 
     Args:
         train, valid, tests: to train on, to choose the best step by, and to score once at the end.
         folder: the run's folder: metrics.jsonl, checkpoints/, settings.json, results.json, final/.
+        fresh: begin anew, whatever is there (`checkpoints.set_aside`).
 
     Returns:
         The results: `best_step`, and the scores of each part by its name. Empty where a signal stopped the run.
@@ -64,15 +67,19 @@ def finetune(task: Task, train: Part, valid: Part, tests: Sequence[Part], settin
     train, valid, *tests = (long_enough(part, task) for part in (train, valid, *tests))
 
     # ---- the folder, and where an earlier start of this run stopped
-    checkpoints = Checkpoints(folder / "checkpoints", keep_latest=1)
+    beside = {"preprocessor_config.json": task.feature_extractor.to_json_string()}
+    checkpoints = Checkpoints(folder / "checkpoints", keep_latest=1, beside=beside)
     with state_of_processes.main_process_first():
         if is_main:
             lock = RunLock(folder)
+            if fresh and (earlier := set_aside(folder)):
+                say(f"Beginning anew. What was there is in {earlier}.")
             checkpoints.remove_partial()
         checkpoint = checkpoints.newest()
         if is_main:
             for note in settle(folder, task.description, settings, checkpoint is not None):
                 say(note)
+    agree(checkpoint, folder)
     state = checkpoint.state if checkpoint else TrainerState(data=train.source.fingerprint)
     if checkpoint:
         checkpoint.load_model(model)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..system.errors import RunFolderError
+from ..system.fields import differences
 from ..system.files import write_text
+from ..system.messages import one_line, shown
 from ..training.schedules import OptimizerSection
 
 SETTINGS_FILE = "settings.json"
@@ -92,12 +94,19 @@ def settle(folder: Path, description: Mapping[str, Any], settings: Settings, res
     now = json.loads(json.dumps({**description, **asdict(settings)}))
     if resuming and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in now if before.get(name) != now[name]]
-        if fixed := [name for name in changed if name in description]:
-            raise RunFolderError(
-                f"{folder} holds another run ({', '.join(fixed)} differ, see {SETTINGS_FILE}). Choose another folder."
+        about = [{name: values.get(name) for name in description} for values in (before, now)]
+        if fixed := differences(*about):
+            what = ", ".join(
+                f"{name} is {shown(old)} there and {shown(new)} here" for name, (old, new) in fixed.items()
             )
-        notes = [f"Changed since this run began: {name} {before.get(name)!r} -> {now[name]!r}" for name in changed]
+            raise RunFolderError(
+                f"{folder} holds another run: {one_line(what)}. Choose another folder, or --fresh to begin anew."
+            )
+        notes = [
+            f"Changed since this run began: {name} {before.get(name)!r} -> {now[name]!r}"
+            for name in now
+            if before.get(name) != now[name]
+        ]
     write_text(path, json.dumps(now, indent=2) + "\n")
     return notes
 

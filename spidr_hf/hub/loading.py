@@ -1,5 +1,6 @@
 """Models by name or folder, with an error of one line for what is none."""
 
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ def loading(name: str, revision: str | None = None) -> Iterator[str]:
             f"{name} is a checkpoint of the original code: convert it with conversion/convert_checkpoint.py."
         )
     if (Path(name).exists() or name.startswith((".", "/", "~"))) and not Path(name, "config.json").exists():
-        raise ValueError(f"{name} is no model folder: there is no config.json in it.")
+        raise ValueError(f"{name} is no model folder: there is no config.json in it.{run_hint(name)}")
     try:
         config_type = SpidrConfig.get_config_dict(name, revision=revision)[0].get("model_type")
         if config_type != SpidrConfig.model_type:
@@ -58,7 +59,7 @@ def load_model(
         model, found = model_class.from_pretrained(
             place, revision=revision, dtype=DTYPES[dtype], output_loading_info=True
         )
-        extractor = SpidrFeatureExtractor.from_pretrained(place, revision=revision)
+        extractor = load_feature_extractor(place, revision=revision)
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{name} lacks weights that {model_class.__name__} needs, for example {missing[0]}: it is not a "
@@ -67,4 +68,30 @@ def load_model(
     return model.to(device).eval(), extractor
 
 
-__all__ = ["DTYPES", "load_model", "loading"]
+def load_feature_extractor(place: str, *, revision: str | None = None) -> SpidrFeatureExtractor:
+    """The feature extractor of a model folder (or repository); of a checkpoint without one, that of its run.
+
+    Args:
+        place: as `loading` yields it.
+    """
+    folder = Path(place)
+    if (folder / "trainer_state.json").exists() and not (folder / "preprocessor_config.json").exists():
+        run = folder.resolve().parent.parent / "config.toml"
+        data = tomllib.loads(run.read_text(encoding="utf-8")).get("data", {}) if run.exists() else {}
+        return SpidrFeatureExtractor(do_normalize=data.get("normalize", True))
+    return SpidrFeatureExtractor.from_pretrained(place, revision=revision)
+
+
+def run_hint(folder: str | Path) -> str:
+    """Which folders to name instead, where this one is a run's (a sentence after a blank); else nothing."""
+    run = Path(folder)
+    inside = [run / "final"] if (run / "final" / "config.json").exists() else []
+    steps = [path for path in run.glob("checkpoints/step_*") if path.name[5:].isdecimal()]
+    inside += sorted((path for path in steps if (path / "config.json").exists()), key=lambda path: -int(path.name[5:]))
+    if not inside:
+        return " It is a run that has no checkpoint yet." if (run / "metrics.jsonl").exists() else ""
+    names = [str(path) for path in inside[:2]]
+    return f" It is the folder of a run: give {' or '.join(names)}{', for example' if len(inside) > 2 else ''}."
+
+
+__all__ = ["DTYPES", "load_feature_extractor", "load_model", "loading", "run_hint"]

@@ -97,6 +97,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> None:
+    """A file that is there completely or not at all."""
+    with replaced_file(path) as partial:
+        partial.write_bytes(content)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk. A disk that cannot say is warned about once."""
     try:
@@ -159,5 +165,6 @@ __all__ = [
     "replaced_folder",
     "sync",
     "sync_open",
+    "write_bytes",
     "write_text",
 ]

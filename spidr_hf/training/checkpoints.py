@@ -3,12 +3,15 @@
 A checkpoint is a folder `checkpoints/step_N` with the model (loadable by `from_pretrained`), the optimizer, and
 `trainer_state.json`, which also holds a checksum of every file. It is written under another name, synced, and renamed,
 so that a folder of that name is always complete; one damaged later is recognised by its checksums and passed over.
+Where there are checkpoints and none of them can be read, nothing begins again unasked.
 """
 
 import dataclasses
+import errno
 import json
 import logging
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +26,8 @@ from torch.optim import Optimizer
 
 from ..system.errors import RunFolderError
 from ..system.files import replaced_folder
+from ..system.messages import one_line, shown
+from ..system.processes import gather_all
 from .sharding import is_sharded, shard_like, whole_tensor
 
 logger = logging.getLogger(__name__)
@@ -30,6 +35,13 @@ logger = logging.getLogger(__name__)
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
+_VERSION = 1
+# What says that a file is not there or is another kind of thing. Any other error is the disk's, and may pass.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+_READS, _PAUSE_SECONDS = 3, 2.0
+_BEGIN_ANEW = "begin anew with --fresh, which moves what is there into a folder of its own"
+# What a run leaves in its folder that a new one can use.
+_REUSABLE = {".lock", "data.arrow", "compiled"}
 
 
 @dataclass
@@ -82,15 +94,19 @@ class Checkpoints:
     """The checkpoints of a run: `folder/step_N`.
 
     Args:
-        folder: made when the first one is written.
+        folder: made when the first one is written, in the run's folder.
         keep_latest: how many to keep; -1: all.
         writes: only one process may; the others of a sharded model take part in `save` with what they hold.
+        beside: texts of small files that every checkpoint gets, by their names: what else makes it a MODEL.
 
     Writing happens in a thread while training goes on; its errors come out of `wait`.
     """
 
-    def __init__(self, folder: str | Path, keep_latest: int = -1, writes: bool = True):
+    def __init__(
+        self, folder: str | Path, keep_latest: int = -1, writes: bool = True, beside: Mapping[str, str] | None = None
+    ):
         self.folder = Path(folder)
+        self.beside = dict(beside or {})
         self.keep_latest = keep_latest
         self.writes = writes
         self.on_written: Callable[[Path], None] | None = None  # gets the folder of every complete checkpoint
@@ -103,13 +119,28 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def newest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint; damaged ones are named in a warning."""
+        """The newest undamaged checkpoint; damaged ones are named in a warning. None: there is none at all.
+
+        Raises `RunFolderError` where there are some and none is whole, or where the disk does not say what is there:
+        a run that began again would write over what it can no longer read.
+        """
+        damaged: dict[str, str] = {}
         for step in reversed(self.steps()):
             folder = self.folder / f"step_{step}"
             try:
-                return Checkpoint(folder, _read_state(folder))
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                logger.warning("%s is damaged (%s) and is passed over.", folder, error)
+                found = Checkpoint(folder, _read_state(folder))
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                damaged[folder.name] = _what_is_wrong(error)
+                continue
+            for name, reason in damaged.items():
+                logger.warning("%s is damaged (%s) and is passed over.", self.folder / name, reason)
+            return found
+        if damaged:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in damaged.items())
+            raise RunFolderError(
+                f"None of the checkpoints in {self.folder} can be read ({one_line(reasons)}). Nothing was changed. "
+                f"Restore one of them, or {_BEGIN_ANEW}."
+            )
         return None
 
     def save(self, state: TrainerState, model: nn.Module, optimizer: Optimizer, *, wait: bool = False) -> None:
@@ -158,13 +189,15 @@ class Checkpoints:
 
     def _write(self, state: TrainerState, tensors: dict[str, dict[str, Tensor]], config: str | None) -> None:
         folder = self.folder / f"step_{state.step}"
+        if not self.folder.parent.is_dir():
+            raise RunFolderError(f"{self.folder.parent} was removed")
         with replaced_folder(folder) as partial:
             for name, values in tensors.items():
                 save_file(values, partial / name, metadata={"format": "pt"})
-            if config is not None:
-                (partial / "config.json").write_text(config, encoding="utf-8")
+            for name, text in (self.beside if config is None else {"config.json": config, **self.beside}).items():
+                (partial / name).write_text(text, encoding="utf-8")
             files = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
-            content = {"version": 1, **dataclasses.asdict(state), "files": files}
+            content = {"version": _VERSION, **dataclasses.asdict(state), "files": files}
             (partial / STATE_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         if self.on_written is not None:
             self.on_written(folder)
@@ -172,6 +205,31 @@ class Checkpoints:
             for step in self.steps()[: -self.keep_latest]:
                 if step != state.step:
                     shutil.rmtree(self.folder / f"step_{step}", ignore_errors=True)
+
+
+def agree(checkpoint: Checkpoint | None, folder: str | Path) -> None:
+    """Raises `RunFolderError` unless all processes found the same checkpoint in a run's folder. Each calls it."""
+    found = gather_all([checkpoint.state.step if checkpoint else 0])
+    if len(set(found)) > 1:
+        raise RunFolderError(f"The processes find different checkpoints in {folder}: {found}. Do they share it?")
+
+
+def set_aside(folder: str | Path) -> Path | None:
+    """Move what earlier starts left in a run's folder into `folder/earlier-N`; returns that, or None: there is nothing.
+
+    A run in that folder then begins anew. One process calls it, which holds the folder's lock.
+    """
+    folder = Path(folder)
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    left = [path for path in found if path.name not in _REUSABLE and not path.name.startswith("earlier-")]
+    if not left:
+        return None
+    numbers = [path.name.removeprefix("earlier-") for path in found if path.name.startswith("earlier-")]
+    target = folder / f"earlier-{1 + max([int(number) for number in numbers if number.isdecimal()], default=0)}"
+    target.mkdir()
+    for path in left:
+        path.rename(target / path.name)
+    return target
 
 
 def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -212,12 +270,45 @@ def whole_copies(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, 
 
 
 def _read_state(folder: Path) -> TrainerState:
+    """The state in a checkpoint, all of whose files are as they were written.
+
+    Raises `RunFolderError` for one of another version, and where the disk does not answer; other errors are damage.
+    """
+    for turn in range(_READS):
+        try:
+            return _state_of(folder)
+        except OSError as error:
+            if error.errno is None or error.errno in _ABSENT:
+                raise
+            if turn == _READS - 1:
+                raise RunFolderError(
+                    f"{folder} cannot be read: {one_line(error)} ({_READS} times tried). Nothing was changed. The same "
+                    "command goes on once it can; with that folder moved away, from an older checkpoint."
+                ) from error
+            time.sleep(_PAUSE_SECONDS)
+    raise AssertionError("there is at least one try")
+
+
+def _state_of(folder: Path) -> TrainerState:
     content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     for name, expected in content.pop("files").items():
         if _checksum(folder / name) != expected:
             raise ValueError(f"{name} does not have the checksum it was written with")
-    content.pop("version")
+    version, known = content.pop("version"), {entry.name for entry in dataclasses.fields(TrainerState)}
+    if version != _VERSION or not known >= content.keys():
+        what = f"format {shown(version)}" if version != _VERSION else f"with {shown(min(content.keys() - known))}"
+        raise RunFolderError(
+            f"{folder} was written by another version of this package ({what}). Go on with that one, or {_BEGIN_ANEW}."
+        )
     return TrainerState(**content)
+
+
+def _what_is_wrong(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{Path(error.filename).name} is missing"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"{STATE_FILE} is no JSON"
+    return one_line(error)
 
 
 def _checksum(path: Path) -> str:
@@ -228,4 +319,13 @@ def _checksum(path: Path) -> str:
     return f"{checksum:08x}-{path.stat().st_size}"
 
 
-__all__ = ["Checkpoint", "Checkpoints", "TrainerState", "load_optimizer_tensors", "optimizer_tensors", "whole_copies"]
+__all__ = [
+    "Checkpoint",
+    "Checkpoints",
+    "TrainerState",
+    "agree",
+    "load_optimizer_tensors",
+    "optimizer_tensors",
+    "set_aside",
+    "whole_copies",
+]

@@ -20,6 +20,7 @@ def start_trackers(
     name: str | None = None,
     mode: str | None = None,
     config: dict[str, Any] | None = None,
+    step: int = 0,
 ) -> None:
     """Begin the curves of a tracker, or go on with those of a run that is resumed.
 
@@ -29,11 +30,13 @@ def start_trackers(
         output_dir: the run's folder.
         project, name, mode: for trackers that have such things; by default "spidr" and the folder's name.
         config: what they show as the run's configuration.
+        step: where the run goes on. Of what an earlier start sent about later steps, TensorBoard shows nothing any
+            more; wandb keeps it, and passes over steps that it has.
     """
     if not accelerator.log_with or not accelerator.is_main_process:
         return
     if tracker in ("auto", "tensorboard"):
-        accelerator.init_trackers("tensorboard")
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
         return
     folder = Path(output_dir)
     name = name or folder.resolve().name

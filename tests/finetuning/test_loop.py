@@ -186,7 +186,16 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(finetune, tmp_path, mo
     # Once done, the same command only says again how good it is; another task has no place in the folder.
     again = finetune("ctc", "stopped", *options)
     assert again.status == 0 and results(tmp_path / "stopped") == results(tmp_path / "whole")
-    fails(finetune("ctc", "stopped", *options, "--random-encoder"), "another run", "random_encoder")
+    fails(finetune("ctc", "stopped", *options, "--random-encoder"), "another run", "random_encoder is False there")
+    fails(finetune("ctc", "stopped", *options, "--mask-time-prob", 0.2), "config.mask_time_prob is 0.3 there and 0.2")
+
+    # With its only checkpoint damaged, it does not begin again by itself.
+    before = (tmp_path / "stopped" / "metrics.jsonl").read_bytes()
+    (tmp_path / "stopped" / "checkpoints" / "step_12" / "model.safetensors").write_bytes(b"x")
+    fails(finetune("ctc", "stopped", *options), "None of the checkpoints", "--fresh")
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_bytes() == before
+    assert finetune("ctc", "stopped", *options, "--random-encoder", "--fresh").status == 0
+    assert (tmp_path / "stopped" / "earlier-1" / "metrics.jsonl").read_bytes() == before
 
 
 def test_what_trains_when(finetune, pretrained, tmp_path):

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from spidr_hf.pretraining.setup import save_final
 from spidr_hf.system.errors import RunFolderError
 from spidr_hf.system.files import replaced_folder, write_text
 from spidr_hf.system.processes import RunLock, die_with_launcher
-from spidr_hf.training.checkpoints import Checkpoints, TrainerState
-from spidr_hf.training.metrics import Averages, MetricsFile
+from spidr_hf.training.checkpoints import Checkpoints, TrainerState, set_aside
+from spidr_hf.training.metrics import Averages, MetricsFile, read_rows
 from spidr_hf.training.stopping import StopSignal
 
 
@@ -113,6 +114,99 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, file, damage):
     # It is written again when the run gets there.
     checkpoints.save(TrainerState(step=10), model, optimizer, wait=True)
     assert checkpoints.newest().state.step == 10
+
+
+@pytest.fixture
+def three(tmp_path, monkeypatch):
+    """Three checkpoints; the disk is asked again without a pause."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    model, optimizer = model_and_optimizer()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (3, 6, 9):
+        checkpoints.save(TrainerState(step=step), model, optimizer, wait=True)
+    return checkpoints
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer_state.json"])
+def test_none_that_can_be_read_is_not_none(three, file, damage):
+    """One flipped bit in the only checkpoint must not have the run begin again."""
+    for step in three.steps():
+        damage(three.folder / f"step_{step}" / file)
+    with pytest.raises(RunFolderError, match=r"None of .*step_9: .*step_3: .*Restore one .* with --fresh"):
+        three.newest()
+    assert three.steps() == [3, 6, 9]
+
+
+def test_a_run_begun_anew_keeps_what_was_there(three):
+    folder = three.folder.parent
+    for name in ("metrics.jsonl", ".lock", "data.arrow"):
+        (folder / name).write_text("x")
+    assert set_aside(folder) == folder / "earlier-1"
+    assert three.newest() is None and not (folder / "metrics.jsonl").exists()
+    assert (folder / ".lock").exists() and (folder / "data.arrow").exists()
+    assert Checkpoints(folder / "earlier-1" / "checkpoints").newest().state.step == 9
+    assert set_aside(folder) is None
+    (folder / "metrics.jsonl").write_text("y")
+    assert set_aside(folder) == folder / "earlier-2" and (folder / "earlier-1" / "metrics.jsonl").read_text() == "x"
+    assert set_aside(folder / "no") is None
+
+
+def test_without_checkpoints_there_is_none(tmp_path):
+    assert Checkpoints(tmp_path).newest() is None
+    (tmp_path / "step_x").mkdir()
+    assert Checkpoints(tmp_path).newest() is None
+
+
+@pytest.mark.parametrize(("changes", "what"), [({"version": 2}, "format 2"), ({"warmth": 3}, "with warmth")])
+def test_another_version_is_no_damage(three, changes, what):
+    """The newest is not passed over for an older one, which this version could read."""
+    path = three.folder / "step_9" / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(RunFolderError, match=rf"step_9 was written by another version of this package \({what}\)"):
+        three.newest()
+
+
+def test_fields_that_an_earlier_version_did_not_know(three):
+    path = three.folder / "step_9" / "trainer_state.json"
+    content = json.loads(path.read_text())
+    del content["stream"]
+    path.write_text(json.dumps(content))
+    assert three.newest().state.stream == {}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+@pytest.mark.parametrize("times", [2, 100])
+def test_a_disk_that_does_not_answer(three, monkeypatch, number, times):
+    """It is asked again, and then told of: an older checkpoint would cost steps, none the whole run."""
+    left, real = [times], Path.read_text
+
+    def flaky(self, *arguments, **options):
+        if self.parent.name == "step_9" and left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), str(self))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", flaky)
+    if times == 2:
+        assert three.newest().state.step == 9
+    else:
+        with pytest.raises(RunFolderError, match=r"step_9 cannot be read: .*3 times tried.*Nothing was changed"):
+            three.newest()
+
+
+def test_a_folder_that_was_removed_is_not_made_again(tmp_path):
+    model, optimizer = model_and_optimizer()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    checkpoints, metrics = Checkpoints(folder / "checkpoints"), MetricsFile(folder / "metrics.jsonl")
+    metrics.write({"step": 1})
+    shutil.rmtree(folder)
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl was removed, or moved, while the run went on"):
+        metrics.write({"step": 2})
+    with pytest.raises(RunFolderError, match=r"run was removed"):
+        checkpoints.save(TrainerState(step=2), model, optimizer, wait=True)
+    assert not folder.exists()
 
 
 def test_a_kill_during_the_write_leaves_the_one_before(tmp_path, monkeypatch):
@@ -344,6 +438,42 @@ def test_metrics_keep_one_row_per_step(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 6]
     MetricsFile(path, step=0).close()
     assert path.read_bytes() == b""
+
+
+ROWS = [b'{"step": %d, "loss": 0.5}\n' % step for step in (2, 4, 6)]
+DAMAGED = {
+    "a blank line": ROWS[0] + b"\n" + ROWS[1] + ROWS[2],
+    "zeros of a power cut": ROWS[0] + b"\0" * 4096 + b"\n" + ROWS[1] + ROWS[2],
+    "zeros before a row": ROWS[0] + b"\0" * 100 + ROWS[1] + ROWS[2],
+    "a row cut off, another behind it": ROWS[0] + b'{"step": 3, "lo' + ROWS[1] + ROWS[2],
+    "text": ROWS[0] + b"[1]\nnull\n7\n{}\n\xff\n" + ROWS[1] + b'{"step": "x"}\n' + ROWS[2],
+    "at the end": b"".join(ROWS) + b"\0\0\n\n",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_lines_cost_no_rows(tmp_path, content):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    assert [row["step"] for row in read_rows(path)] == [2, 4, 6]
+    file = MetricsFile(path, step=4)
+    assert file.reached == 6 and path.read_bytes() == b"".join(ROWS[:2])
+    file.write({"step": 6, "loss": 0.5})
+    file.close()
+    assert path.read_bytes() == b"".join(ROWS) and [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_row_for_which_there_is_no_room(tmp_path, small_files):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.write({"step": 1, "text": "x" * 50_000})
+    with pytest.raises(OSError, match="File too large") as caught:
+        file.write({"step": 2, "text": "x" * 50_000})
+    assert caught.value.filename == str(path)
+    assert [row["step"] for row in read_rows(path)] == [1] and path.read_bytes().endswith(b"\n")
+    file.write({"step": 2})  # there is room again
+    file.close()
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
 
 
 def test_averages_survive_a_checkpoint():
