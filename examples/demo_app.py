@@ -25,7 +25,7 @@ from spidr_hf import SpidrForAudioTokenization
 from spidr_hf.configuration_spidr import SAMPLING_RATE
 from spidr_hf.hub.loading import load_model
 from spidr_hf.system.commands import clear_errors
-from spidr_hf.system.errors import AudioError
+from spidr_hf.system.errors import AudioError, NonFiniteError
 from spidr_hf.system.processes import device_of
 from spidr_hf.units.extractor import unit_layers
 from spidr_hf.units.unit_files import describe_model
@@ -102,7 +102,7 @@ def page(models: dict[str, Any]) -> Any:
                 continue
             try:
                 result = known.get((name, path)) or analyse_recording(path, model, feature_extractor)
-            except AudioError as error:
+            except (AudioError, NonFiniteError) as error:
                 views.append(problem_html(str(error)))
                 continue
             results[name, path] = result

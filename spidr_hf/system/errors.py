@@ -17,8 +17,12 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the field and says what to do."""
 
 
+class NonFiniteError(ValueError):
+    """What a model gives is NaN or infinite; the message says what to do."""
+
+
 class RunFolderError(RuntimeError):
     """A run folder that cannot be used or written to; the message says why."""
 
 
-__all__ = ["AudioError", "BatchingError", "ConfigError", "ManifestError", "RunFolderError"]
+__all__ = ["AudioError", "BatchingError", "ConfigError", "ManifestError", "NonFiniteError", "RunFolderError"]

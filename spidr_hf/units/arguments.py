@@ -14,9 +14,10 @@ from ..data.audio import resampler_name
 from ..data.open import open_data
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.loading import DTYPES
+from ..system.errors import NonFiniteError
 from .extraction_run import run_extraction
 from .extractor import CONTEXT_SECONDS, WINDOW_SECONDS, Extractor, Outputs
-from .stores import LAYOUTS, Layout, Store
+from .stores import LAYOUTS, LENGTHS_FILE, Layout, Store
 from .unit_files import FILE_KEYS, describe_model
 
 
@@ -114,6 +115,12 @@ def extract_to(
     )
     if summary := run_extraction(source, extractor, store, threads=args.threads):
         report(summary)
+        if summary.not_finite:
+            first = summary.not_finite[0]
+            raise NonFiniteError(
+                f"{len(summary.not_finite)} utterances gave no finite results and were skipped; the first, "
+                f"{first.fileid}: {first.reason}"
+            )
 
 
 def report(summary: Any) -> None:
@@ -123,6 +130,13 @@ def report(summary: Any) -> None:
         first = summary.skipped[0]
         print(
             f"{len(summary.skipped)} files skipped (see skipped.jsonl); the first, {first.fileid}: {first.reason}",
+            file=sys.stderr,
+        )
+    if summary.lengths:
+        name, said, there = summary.lengths[0]
+        print(
+            f"{len(summary.lengths)} files are not as long as DATA says (see {LENGTHS_FILE}); the first, {name}: "
+            f"{there} samples instead of {said}. What is there was used; write the manifest anew.",
             file=sys.stderr,
         )
     for path in summary.files:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -22,18 +23,23 @@ from ..system.errors import RunFolderError
 from ..system.files import write_text
 from ..system.processes import RunLock
 from .extractor import Extractor, Throughput, extract
-from .stores import Store
+from .stores import LENGTHS_FILE, OtherLength, Store
 
 SKIPPED_FILE = "skipped.jsonl"
 
 
 @dataclass
 class Summary:
-    """What an extraction did: utterances computed and found done, what was skipped, and where results lie."""
+    """What an extraction did: utterances computed and found done, what was skipped, and where results lie.
+
+    `not_finite`: those of the skipped whose results are NaN or infinite. `lengths`: what is not as long as DATA says.
+    """
 
     computed: int
     found: int
     skipped: list[Skipped]
+    not_finite: list[Skipped]
+    lengths: list[OtherLength]
     seconds: float
     files: list[Path]
     throughput: str
@@ -123,9 +129,15 @@ def _extract_part(
         for batch in extract(source, extractor, indices.tolist(), threads=threads):
             for index, result in batch.results:
                 store.add(store.names[index], result, journal)
-            for fileid, reason in batch.skipped:
-                journal.write(json.dumps({"file": fileid, "skipped": reason}, ensure_ascii=False) + "\n")
-            journal.write(json.dumps({"utterances": len(batch.results), "seconds": batch.seconds}) + "\n")
+            rows: list[dict[str, Any]] = [{"file": fileid, "skipped": reason} for fileid, reason in batch.skipped]
+            rows += [{"file": fileid, "skipped": reason, "not_finite": True} for fileid, reason in batch.not_finite]
+            rows += [
+                {"file": fileid, "said": said, "there": there}
+                for fileid, said, there in batch.lengths
+                if extractor.frames(said) != extractor.frames(there) or abs(said - there) > extractor.stride
+            ]
+            rows.append({"utterances": len(batch.results), "seconds": batch.seconds})
+            journal.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             journal.flush()
             bar.update(batch.planned_seconds)
 
@@ -137,7 +149,9 @@ def _finish(
     earlier: Sequence[Path],
     throughput: Throughput,
 ) -> Summary:
-    folder, computed, skipped = store.journal_folder, 0, {}
+    folder, computed = store.journal_folder, 0
+    skipped: dict[str, Skipped] = {}
+    not_finite: dict[str, Skipped] = {}
     journals = sorted(folder.glob("*.jsonl"))
     # Journals of interrupted runs are older; what they skipped was tried again.
     for path in journals:
@@ -146,24 +160,41 @@ def _finish(
         for line in path.open(encoding="utf-8"):
             row = json.loads(line)
             if "skipped" in row:
-                skipped[row["file"]] = row["skipped"]
+                skipped[row["file"]] = Skipped(row["file"], row["skipped"])
+                if row.get("not_finite"):
+                    not_finite[row["file"]] = skipped[row["file"]]
             elif "seconds" in row:
                 computed, throughput.seconds = computed + row["utterances"], throughput.seconds + row["seconds"]
+    lengths = store.known_lengths(source)
     if len(skipped) == len(store.names):
         _clear(folder)
-        fileid, reason = next(iter(skipped.items()))
+        fileid, reason = next(iter(skipped.values()))
         raise ValueError(f"None of the {len(skipped)} utterances can be used; the first, {fileid}: {reason}")
     files = store.finish()
-    all_skipped = [*source.skipped, *(Skipped(*entry) for entry in skipped.items())]
-    listing = store.root / SKIPPED_FILE
-    if all_skipped:
-        rows = (json.dumps({"file": f, "reason": reason}, ensure_ascii=False) for f, reason in all_skipped)
-        write_text(listing, "".join(row + "\n" for row in rows))
-    else:
-        listing.unlink(missing_ok=True)
+    # In the order of the data, however many processes found them.
+    all_skipped = [*source.skipped, *(skipped[fileid] for fileid in store.fileids if fileid in skipped)]
+    _write_list(store.root / SKIPPED_FILE, [{"file": fileid, "reason": reason} for fileid, reason in all_skipped])
+    _write_list(store.root / LENGTHS_FILE, [entry._asdict() for entry in lengths])
     _clear(folder)
     found = len(store.names) - len(todo)
-    return Summary(computed, found, all_skipped, throughput.seconds, files, str(throughput))
+    return Summary(
+        computed,
+        found,
+        all_skipped,
+        [not_finite[fileid] for fileid in store.fileids if fileid in not_finite],
+        lengths,
+        throughput.seconds,
+        files,
+        str(throughput),
+    )
+
+
+def _write_list(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """JSON lines; no file where there is nothing to list."""
+    if rows:
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _clear(journal_folder: Path) -> None:

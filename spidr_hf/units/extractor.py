@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, SequenceFeatureExtractor
 
 from ..configuration_spidr import SpidrConfig, frame_lengths, receptive_field
 from ..data.sources import AudioSource, Skipped
-from ..system.errors import AudioError
+from ..system.errors import AudioError, NonFiniteError
 
 WINDOW_SECONDS = 60.0
 CONTEXT_SECONDS = 2.0
@@ -33,6 +33,7 @@ CONTEXT_SECONDS = 2.0
 BATCH_SECONDS = 60.0
 BATCH_SECONDS_GPU = 600.0
 _SAMPLING_RATE = 16_000
+_NO_UNIT = -1  # where there is nothing to choose from
 _BLOCK = 1 << 22  # samples standardised at a time
 
 # (input_values B x S, attention_mask B x S or None) -> for each layer a tensor of B x T, or B x T x H
@@ -90,11 +91,11 @@ def prediction_outputs(model: PreTrainedModel, layers: Sequence[int] | None = No
 
 
 def unit_outputs(model: PreTrainedModel, layers: Sequence[int] | None = None) -> Outputs:
-    """Units of the layers, B x T each: the most probable codeword of `prediction_outputs`."""
+    """Units of the layers, B x T each: the most probable codeword of `prediction_outputs`; -1 where that is NaN."""
     logits = _logits(model, unit_layers(model.config, layers))
 
     def outputs(input_values: Tensor, attention_mask: Tensor | None) -> dict[int, Tensor]:
-        return {layer: x.argmax(-1) for layer, x in logits(input_values, attention_mask).items()}
+        return {layer: _where_finite(x.argmax(-1), x) for layer, x in logits(input_values, attention_mask).items()}
 
     return outputs
 
@@ -114,14 +115,32 @@ def _logits(model: PreTrainedModel, layers: Sequence[int]) -> Outputs:
     return outputs
 
 
+def _where_finite(units: Tensor, values: Tensor) -> Tensor:
+    """Units (...) of values (... x V); -1 where one of the values is not finite: the largest of NaN is no unit."""
+    return units.masked_fill(~values.sum(-1).isfinite(), _NO_UNIT)
+
+
 def teacher_outputs(model: PreTrainedModel, layers: Sequence[int] | None = None) -> Outputs:
-    """Labels that teacher and codebooks of a `SpidrForPretraining` assign, B x T each (normalised per window)."""
+    """Labels that teacher and codebooks of a `SpidrForPretraining` assign, B x T each (normalised per window).
+
+    They are -1 where the teacher gives NaN or infinity.
+    """
     layers = unit_layers(model.config, layers)
     if not hasattr(model, "get_teacher_labels"):
         raise ValueError("Teacher labels need the whole pretraining checkpoint: load it as SpidrForPretraining.")
 
+    if not torch.isfinite(model.codebooks.sums / model.codebooks.counts.unsqueeze(-1)).all():
+        raise NonFiniteError("The model's codebooks hold NaN or infinity: its checkpoint is damaged, get it again.")
+
     def outputs(input_values: Tensor, attention_mask: Tensor | None) -> dict[int, Tensor]:
-        labels = model.get_teacher_labels(input_values, attention_mask)
+        targets: list[Tensor] = []
+        watching = model.codebooks.register_forward_pre_hook(lambda _, inputs: targets.append(inputs[0]))
+        try:
+            labels = model.get_teacher_labels(input_values, attention_mask)
+        finally:
+            watching.remove()
+        finite = targets[0].sum(-1).isfinite().view(-1, *labels[:, 0].shape).transpose(0, 1)
+        labels = labels.masked_fill(~finite, _NO_UNIT)
         return {layer: labels[:, layer - model.config.first_codebook_layer] for layer in layers}
 
     return outputs
@@ -140,7 +159,8 @@ def cluster_outputs(model: PreTrainedModel, layer: int, centroids: Tensor, *, be
 
     def outputs(input_values: Tensor, attention_mask: Tensor | None) -> dict[int, Tensor]:
         x = features(input_values, attention_mask)[layer]
-        return {layer: (squares - 2 * x @ centroids.t()).argmin(-1)}
+        distances = squares - 2 * x @ centroids.t()
+        return {layer: _where_finite(distances.argmin(-1), distances)}
 
     return outputs
 
@@ -249,7 +269,28 @@ class Extractor:
 
         Returns:
             For each waveform and layer a CPU tensor: T units, or T x H features.
+
+        Raises `NonFiniteError` where they are NaN or infinite.
         """
+        results = self.results(waveforms)
+        for result in results:
+            if reason := self.not_finite(result):
+                raise NonFiniteError(reason)
+        return results
+
+    def not_finite(self, result: Mapping[int, Tensor]) -> str | None:
+        """Why a waveform's results cannot be used, and what to do; None where all of them are finite."""
+        for layer, x in result.items():
+            frames = ~x.sum(-1).isfinite() if x.is_floating_point() else x < 0
+            if bad := int(frames.sum()):
+                advice = "the model's weights or the centroids are damaged: get them again."
+                if self.model.dtype == torch.float16:
+                    advice = "float16 has no such large numbers: --dtype bfloat16 has (or the weights are damaged)."
+                return f"Layer {layer} is not finite (NaN or infinity) in {bad} of {len(x)} frames: {advice}"
+        return None
+
+    def results(self, waveforms: Sequence[np.ndarray]) -> list[dict[int, Tensor]]:
+        """The same, without a look at what they are: units are -1 where there are none."""
         pieces: list[tuple[int, Window]] = [
             (i, window)
             for i, waveform in enumerate(waveforms)
@@ -316,12 +357,16 @@ class Extracted:
     Attributes:
         results: for each utterance its index in the source and its tensors by layer.
         skipped: utterances that could not be used.
+        not_finite: those whose results are NaN or infinite.
+        lengths: for utterances of another length than the source says: fileid, samples it says, samples that are there.
         seconds: audio in it.
         planned_seconds: audio that the source's lengths had promised; for progress.
     """
 
     results: list[tuple[int, dict[int, Tensor]]]
     skipped: list[Skipped]
+    not_finite: list[Skipped]
+    lengths: list[tuple[str, int, int]]
     seconds: float
     planned_seconds: float
 
@@ -366,10 +411,15 @@ def extract(
                 del futures
                 skipped = [entry for _, entry in loaded if isinstance(entry, Skipped)]
                 good = [(index, entry) for index, entry in loaded if not isinstance(entry, Skipped)]
-                results = extractor([waveform for _, waveform in good]) if good else []
+                results = extractor.results([waveform for _, waveform in good]) if good else []
+                found = [(index, result) for (index, _), result in zip(good, results, strict=True)]
+                reasons = {index: reason for index, result in found if (reason := extractor.not_finite(result))}
+                lengths = [(source.fileid(i), int(source.num_samples[i]), len(waveform)) for i, waveform in good]
                 yield Extracted(
-                    [(index, result) for (index, _), result in zip(good, results, strict=True)],
+                    [(index, result) for index, result in found if index not in reasons],
                     skipped,
+                    [Skipped(source.fileid(index), reason) for index, reason in reasons.items()],
+                    [(fileid, said, there) for fileid, said, there in lengths if said != there],
                     sum(len(waveform) for _, waveform in good) / _SAMPLING_RATE,
                     float(np.asarray(source.num_samples)[batch].sum()) / _SAMPLING_RATE,
                 )

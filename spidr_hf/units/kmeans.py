@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..system.errors import NonFiniteError
 from ..system.files import replaced_file
 
 _FORMAT = "spidr_hf k-means"
@@ -33,6 +34,8 @@ class KMeans:
             raise ValueError(
                 f"The features have {features.shape[-1]} dimensions, the centroids {self.centroids.shape[1]}."
             )
+        if not torch.isfinite(features).all():
+            raise NonFiniteError("The features have NaN or infinity: extract them with --dtype bfloat16 or float32.")
         centroids = self.centroids.to(features.device)
         return (centroids.square().sum(-1) - 2 * features.float() @ centroids.t()).argmin(-1)
 
@@ -66,7 +69,10 @@ def load_kmeans(path: str | os.PathLike) -> KMeans:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path} holds no k-means: `examples/train_kmeans.py` makes one.")
-            return KMeans(file.get_tensor("centroids"), json.loads(metadata["provenance"]))
+            centroids = file.get_tensor("centroids")
+            if not torch.isfinite(centroids).all():
+                raise NonFiniteError(f"{path} has centroids that are NaN or infinite: train the k-means again.")
+            return KMeans(centroids, json.loads(metadata["provenance"]))
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read as a safetensors file ({error}).") from error
 
@@ -83,7 +89,9 @@ def load_features(path: Path) -> Tensor:
     if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"{path} does not hold features: expected one float tensor of frames x dimensions.")
     if not torch.isfinite(features).all():
-        raise ValueError(f"{path} has non-finite values.")
+        raise NonFiniteError(
+            f"{path} has non-finite values (NaN or infinity): extract it again, with --dtype bfloat16 or float32."
+        )
     return features.float()
 
 

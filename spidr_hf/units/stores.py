@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,17 @@ _IDENTITY = (
     "resample",
     "resampler",
 )
+
+
+LENGTHS_FILE = "lengths.jsonl"
+
+
+class OtherLength(NamedTuple):
+    """An utterance of another length than the data says: samples that it says, and that are there."""
+
+    file: str
+    said: int
+    there: int
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,23 @@ class Store(ABC):
         """Where results wait until all are there, and what was skipped is noted."""
         return self.root / ".partial" / f"{self._stem}-{_fingerprint(self.provenance)}"
 
+    def known_lengths(self, source: AudioSource) -> list[OtherLength]:
+        """What was found out, by this run or an earlier one, about recordings that are not as long as the data says."""
+        said = dict(zip(self.fileids, map(int, source.num_samples), strict=True))
+        found: dict[str, OtherLength] = {}
+        for path in (self.root / LENGTHS_FILE, *sorted(self.journal_folder.glob("*.jsonl"))):
+            for line in path.open("rb") if path.exists() else ():
+                if b'"there"' not in line:
+                    continue
+                try:
+                    row = json.loads(line)
+                    entry = OtherLength(row["file"], int(row["said"]), int(row["there"]))
+                except (ValueError, KeyError, TypeError):  # cut off when the run was killed, or no such row
+                    continue
+                if said.get(entry.file) == entry.said:  # else the data says something else by now
+                    found[entry.file] = entry
+        return [found[fileid] for fileid in self.fileids if fileid in found]
+
     @abstractmethod
     def missing(self, extractor: Extractor, source: AudioSource) -> list[int]:
         """Utterances without a result yet. Raises `ValueError` where other results are in the way."""
@@ -179,8 +207,10 @@ class UnitStore(Store):
 
     def missing(self, extractor: Extractor, source: AudioSource) -> list[int]:
         """Utterances without a result yet. Raises `ValueError` where other results are in the way."""
+        there = {entry.file: entry.there for entry in self.known_lengths(source)}
         expected = {
-            name: extractor.frames(samples) for name, samples in zip(self.names, source.num_samples, strict=True)
+            name: extractor.frames(there.get(fileid, samples))
+            for name, fileid, samples in zip(self.names, self.fileids, source.num_samples, strict=True)
         }
         for layer in self.layers:
             path = self.layout.units_path(self.root, layer)
@@ -389,4 +419,4 @@ def _check_same(sidecar: Path, provenance: Mapping[str, Any], what: Path) -> Non
         )
 
 
-__all__ = ["LAYOUTS", "FeatureStore", "Layout", "Store", "UnitStore"]
+__all__ = ["LAYOUTS", "LENGTHS_FILE", "FeatureStore", "Layout", "OtherLength", "Store", "UnitStore"]

@@ -12,12 +12,15 @@ import pytest
 import soundfile
 import torch
 from commands import fails, run_command
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from walk import ROOT
 
 import spidr_hf.units.extraction_run
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
+from spidr_hf.configuration_spidr import frame_lengths
 from spidr_hf.data.manifests import Manifest, read_manifest
+from spidr_hf.units.extractor import Extractor
 from spidr_hf.units.kmeans import feature_files
 from spidr_hf.units.stores import Layout, UnitStore
 from spidr_hf.units.unit_files import predict_units, read_units
@@ -317,3 +320,86 @@ def test_a_killed_run_leaves_no_half_written_file(model_folder, speech, tmp_path
     done = run_command("extract_units", *command[2:])
     assert done.status == 0 and "were there before" in done.out
     assert len(rows(tmp_path / "4" / "units.jsonl")) == 66
+
+
+def damage(folder, name: str) -> None:
+    """NaN in one of a model's tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[next(key for key in tensors if name in key)].view(-1)[3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "options"),
+    [
+        ("extract_units", "heads.weight", ()),
+        ("extract_units", "teacher", ("--teacher",)),
+        ("extract_units", "codebooks", ("--teacher",)),
+        ("extract_features", "feed_forward", ()),
+        ("extract_features", "heads.weight", ("--predictions",)),
+    ],
+)
+def test_damaged_weights_give_no_results(data, tmp_path, command, name, options):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    SpidrFeatureExtractor().save_pretrained(folder)
+    damage(folder, name)
+    done = run_command(command, folder, data, tmp_path / "out", *options)
+    fails(done, "NaN or infinity", "damaged")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".pt", ".npy")]
+    assert not list((tmp_path / "out").rglob("units*.jsonl"))
+
+
+@pytest.mark.parametrize("command", ["extract_units", "extract_features"])
+def test_what_overflows_is_skipped_and_the_rest_is_done(model_folder, data, tmp_path, monkeypatch, command):
+    """As float16 does it: one recording of nine, in a batch with others."""
+    manifest = read_manifest(data)
+    bad = manifest.fileid(3)
+    frames = tiny_model().config
+    length = int(frame_lengths(frames, int(manifest.num_samples[3])))
+    run = Extractor.results
+
+    def results(self, waveforms):
+        found = run(self, waveforms)
+        for result in found:
+            for x in result.values():
+                if len(x) == length:
+                    x[-1] = float("inf") if x.is_floating_point() else -1
+        return found
+
+    monkeypatch.setattr(Extractor, "results", results)
+    others = [manifest.fileid(i) for i in range(9) if frame_lengths(frames, int(manifest.num_samples[i])) != length]
+    done = run_command(command, model_folder, data, tmp_path, "--layers", 4)
+    fails(done, f"the first, {bad}: Layer 4 is not finite (NaN or infinity) in 1 of {length} frames")
+    assert bad in [row["file"] for row in rows(tmp_path / "skipped.jsonl")]
+    if command == "extract_units":
+        assert [row["file"] for row in rows(tmp_path / "4" / "units.jsonl")] == others
+    else:
+        for name in manifest.table["fileid"].to_pylist():
+            assert (tmp_path / "4" / f"{name}.pt").exists() == (name in others)
+    monkeypatch.undo()
+    again = run_command(command, model_folder, data, tmp_path, "--layers", 4)
+    assert again.status == 0 and f"{9 - len(others)} utterances computed" in again.out
+    assert not (tmp_path / "skipped.jsonl").exists()
+
+
+def test_lengths_that_the_manifest_has_wrong_are_named(model_folder, data, tmp_path):
+    manifest = read_manifest(data)
+    lengths = manifest.num_samples.copy()
+    lengths[2] *= 2
+    lengths[5] -= 4_000
+    table = manifest.table.set_column(manifest.table.column_names.index("num_samples"), "num_samples", [lengths])
+    Manifest(table, manifest.root).write(tmp_path / "wrong.csv")
+    out = tmp_path / "out"
+    done = run_command("extract_units", model_folder, tmp_path / "wrong.csv", out, "--layers", 4)
+    assert done.status == 0 and "2 files are not as long as DATA says (see lengths.jsonl)" in done.err
+    there = manifest.num_samples
+    listed = [{"file": manifest.fileid(i), "said": int(lengths[i]), "there": int(there[i])} for i in (2, 5)]
+    assert rows(out / "lengths.jsonl") == listed
+    before = (out / "4" / "units.jsonl").read_bytes()
+    again = run_command("extract_units", model_folder, tmp_path / "wrong.csv", out, "--layers", 4)
+    assert "0 utterances computed" in again.out and "9 were there before" in again.out
+    assert (out / "4" / "units.jsonl").read_bytes() == before and rows(out / "lengths.jsonl") == listed
+    # With the lengths mended the same results are found, and nothing is left to say.
+    mended = run_command("extract_units", model_folder, data, out, "--layers", 4)
+    assert "0 utterances computed" in mended.out and not (out / "lengths.jsonl").exists()
