@@ -29,6 +29,8 @@ from .containers import FileWindow, declared
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".w64", ".caf", ".au")
 # What torchcodec reads beside these.
 FURTHER_SUFFIXES = (".m4a", ".mp4", ".webm", ".mkv", ".mka", ".wma", ".aac", ".ac3", ".amr", ".3gp", ".mov")
+# Audio that nothing here reads.
+UNREAD_SUFFIXES = (".ape", ".dsf", ".m4b", ".ra", ".shn", ".sph", ".spx", ".tta", ".wv")
 _UNKNOWN_FORMAT = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT; anything else is a damaged file of a format it knows
 # Containers count what the encoder added before and after; a file this much shorter than its header says is cut off.
 _SHORTER = 0.9
@@ -425,6 +427,14 @@ def _named_errors(name: str, source: Any = None) -> Iterator[None]:
         raise _unreadable(source, name, error) from error
 
 
+def unreadable_suffixes() -> dict[str, str]:
+    """Suffixes of audio that cannot be read here, and what to do about it."""
+    advice = dict.fromkeys(UNREAD_SUFFIXES, "convert it to FLAC or WAV")
+    if not importlib.util.find_spec("torchcodec"):
+        advice |= dict.fromkeys(FURTHER_SUFFIXES, "install torchcodec and FFmpeg, which read it, or convert it")
+    return advice
+
+
 @cache
 def _audio_decoder() -> Any:
     """torchcodec's decoder; None where it is not installed, or finds no FFmpeg that it can use."""
@@ -511,4 +521,5 @@ __all__ = [
     "read_window",
     "resample_audio",
     "resampler_name",
+    "unreadable_suffixes",
 ]

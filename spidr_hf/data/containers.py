@@ -1,4 +1,6 @@
-"""What containers declare about where their audio ends, so that a file that was cut off is known as one.
+"""Where audio lies in other files: the members of a tar, and the end that a file's own header declares.
+
+What containers declare about where their audio ends, so that a file that was cut off is known as one.
 
 libsndfile takes what is there for the whole. Programs that write into a pipe do not know the size and leave a
 placeholder, which it takes for many things; such files are read to their end.
@@ -6,8 +8,15 @@ placeholder, which it takes for many things; such files are read to their end.
 
 import io
 import os
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+from tqdm import tqdm
+
+from ..system.errors import ManifestError
+from ..system.messages import shown
 
 # (offset, count) -> bytes of the file; fewer at its end
 Read = Callable[[int, int], bytes]
@@ -248,4 +257,87 @@ def _mp3_end(read: Read, start: int, size: int) -> int | None:
     return end if end - size > (end - start) // 100 else None
 
 
-__all__ = ["Declared", "FileWindow", "Read", "declared"]
+class TarMember(NamedTuple):
+    """A file in a tar: its bytes lie at `offset` as they are, unless `problem` says why they do not."""
+
+    name: str
+    offset: int
+    size: int
+    problem: str | None = None
+
+
+def tar_members(path: Path, progress: bool = False) -> Iterator[TarMember]:
+    """Files of an uncompressed tar, in order; links to a file behind them, with the place of what they lead to.
+
+    Tars put one behind the other are read to the end. Raises `ManifestError` for what is no tar or is cut off.
+    """
+    places: dict[str, TarMember] = {}
+    links: list[tuple[str, str]] = []
+    size, position = path.stat().st_size, 0
+    bar = tqdm(desc="Reading headers", disable=not progress, unit="file")
+    with open(path, "rb") as file, bar:
+        while position < size:
+            file.seek(position)
+            try:
+                archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (it closes nothing of ours)
+                for entry in archive:
+                    bar.update()
+                    name = os.path.normpath(entry.name)
+                    if entry.islnk():
+                        links.append((name, os.path.normpath(entry.linkname)))
+                    elif entry.issym():
+                        links.append((name, os.path.normpath(os.path.join(os.path.dirname(name), entry.linkname))))
+                    elif entry.isreg():
+                        member = TarMember(name, entry.offset_data, entry.size, _problem(entry))
+                        if member.problem is None and member.offset + member.size > size:
+                            raise tarfile.ReadError("unexpected end of data")
+                        places.setdefault(name, member)
+                        yield member
+            except tarfile.TarError as error:
+                raise _no_tar(path, file, len(places), error) from error
+            # It ends in blocks of zeros, or in front of what is no header: another tar, or damage.
+            if (following := _behind_zeros(file, archive.offset)) == position:
+                raise _no_tar(path, file, len(places), "unexpected data")
+            position = following
+    for name, target in links:
+        seen = set()
+        while target not in places and target in dict(links) and target not in seen:
+            seen.add(target)
+            target = dict(links)[target]
+        if (found := places.get(target)) is None:
+            yield TarMember(name, 0, 0, f"is a link to {shown(target)}, which is not in the tar")
+        else:
+            yield found._replace(name=name)
+
+
+def _problem(entry: tarfile.TarInfo) -> str | None:
+    stretches = [stretch for stretch in entry.sparse or () if stretch[1]]
+    if entry.issparse() and stretches != [(0, entry.size)]:
+        return "is stored with holes (tar -S), so that it cannot be read where it lies"
+    return None
+
+
+def _behind_zeros(file: IO[bytes], position: int) -> int:
+    """Where the next block that is not all zeros begins; the end of the file where there is none."""
+    file.seek(position)
+    while block := file.read(1 << 20):
+        if (rest := block.lstrip(b"\0")) != b"":
+            return position + (len(block) - len(rest)) // 512 * 512
+        position += len(block)
+    return position
+
+
+def _no_tar(path: Path, file: IO[bytes], members: int, error: Any) -> ManifestError:
+    file.seek(0)
+    packed = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
+    head = file.read(8)
+    if kind := next((kind for magic, kind in packed.items() if head.startswith(magic)), None):
+        advice = f"Decompress it first (it is {kind}), or unpack it and pass the folder."
+    elif members:
+        advice = f"It is cut off or damaged behind its first {members} files: copy it again."
+    else:
+        advice = "It is cut off, or no tar: copy it again."
+    return ManifestError(f"{path}: cannot be read as a tar without compression ({error}). {advice}")
+
+
+__all__ = ["Declared", "FileWindow", "Read", "TarMember", "declared", "tar_members"]

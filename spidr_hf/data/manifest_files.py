@@ -28,6 +28,7 @@ def read_csv(path: Path) -> tuple[pa.Table, Path]:
         header = next(csv.reader(file), [])
     table = pyarrow.csv.read_csv(
         path,
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),  # names may have them
         convert_options=pyarrow.csv.ConvertOptions(
             column_types=SCHEMA,
             include_columns=[name for name in SCHEMA.names if name in header],

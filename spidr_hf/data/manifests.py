@@ -8,12 +8,11 @@ methods.
 
 import json
 import os
-import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +23,9 @@ from tqdm import tqdm
 
 from ..system.errors import AudioError, ManifestError
 from ..system.files import replaced_file
-from .audio import audio_suffixes, read_audio, read_info, read_window
-from .containers import FileWindow
+from ..system.messages import shown
+from .audio import audio_suffixes, read_audio, read_info, read_window, unreadable_suffixes
+from .containers import FileWindow, tar_members
 from .manifest_files import SCHEMA, read_csv, read_jsonl, read_tsv, rows_of, write_csv, write_jsonl
 from .sources import Skipped
 
@@ -156,8 +156,8 @@ class Manifest:
         return self._value("archive", index) if "archive" in self.table.column_names else None
 
     def _resolve(self, path: str) -> Path:
-        beside = self.root / path
-        return beside if beside.exists() or not Path(path).exists() else Path(path)
+        beside = self.root / path  # os.path, unlike Path, takes names that no disk takes
+        return beside if os.path.exists(beside) or not os.path.exists(path) else Path(path)
 
     def _relative_to(self, folder: Path) -> pa.Table:
         """The table with paths (or archives) relative to `folder` where they lie below it, else absolute."""
@@ -243,7 +243,7 @@ def open_manifest(
         return cached
     if data.is_dir():
         manifest = scan_folder(data, resample=resample, suffixes=suffixes, progress=progress)
-    elif data.suffix == ".tar":
+    elif data.suffix.lower() == ".tar":
         manifest = scan_tar(data, resample=resample, suffixes=suffixes, progress=progress)
     else:
         manifest = read_manifest(data, resample=resample)
@@ -258,13 +258,13 @@ def read_manifest(path: str | Path, *, resample: bool = False) -> Manifest:
     """Manifest file in one of the formats `.csv`, `.jsonl` (same columns) or `.tsv` (fairseq)."""
     path = Path(path)
     readers = {".csv": read_csv, ".jsonl": read_jsonl, ".json": read_jsonl, ".tsv": read_tsv}
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise ManifestError(
             f"{path}: unknown kind of data. Manifests end in .csv, .jsonl or .tsv; audio comes as a folder or as a "
             ".tar without compression."
         )
     try:
-        table, root = readers[path.suffix](path)
+        table, root = readers[path.suffix.lower()](path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError) as error:
         raise ManifestError(f"{path}: cannot be read as a manifest ({str(error).strip()}).") from error
     return Manifest(table, root, resample=resample, name=str(path))
@@ -273,16 +273,23 @@ def read_manifest(path: str | Path, *, resample: bool = False) -> Manifest:
 def scan_folder(
     folder: str | Path, *, resample: bool = False, suffixes: Sequence[str] | None = None, progress: bool = True
 ) -> Manifest:
-    """Manifest of the audio files below a folder; their headers are read. Fileids are paths without suffix."""
+    """Manifest of the audio files below a folder; their headers are read. Fileids are paths without suffix.
+
+    Links to folders are followed, each folder once. What cannot be read (folders, names that are no UTF-8, kinds of
+    audio) is in `skipped`.
+    """
     folder, wanted = Path(folder), _suffixes(suffixes)
-    paths = sorted(
-        os.path.relpath(os.path.join(parent, name), folder)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(wanted)
-    )
+    found, skipped = _files_below(folder)
+    paths = []
+    for path in found:
+        if reason := _left_out(path, wanted, suffixes is None):
+            skipped.append(Skipped(shown(path), f"{shown(folder / path)}: {reason}"))
+        elif path.lower().endswith(wanted) and not _is_apples(path):
+            paths.append(path)
     if not paths:
-        raise ManifestError(f"{folder}: no audio files ({', '.join(wanted)}) in this folder or below it.")
+        raise ManifestError(
+            f"{folder}: no audio files ({', '.join(wanted)}) in this folder or below it.{_first(skipped)}"
+        )
 
     def length(path: str) -> int | AudioError:
         try:
@@ -293,45 +300,108 @@ def scan_folder(
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
         bar = tqdm(pool.map(length, paths), total=len(paths), desc="Reading headers", disable=not progress, unit="file")
         rows = [(path, result) for path, result in zip(paths, bar, strict=True)]
-    columns, skipped = _split(rows, str(folder))
-    return Manifest(pa.table(columns), folder, resample=resample, skipped=skipped, name=str(folder))
+    columns, more = _split(rows, str(folder))
+    return Manifest(pa.table(columns), folder, resample=resample, skipped=skipped + more, name=str(folder))
+
+
+def _files_below(folder: Path) -> tuple[list[str], list[Skipped]]:
+    """Paths of all files below a folder, sorted, and the folders that cannot be read.
+
+    Every folder comes once, under its own name where it lies in this one, and links may lead anywhere.
+    """
+    skipped: list[Skipped] = []
+    paths: list[str] = []
+    seen: set[tuple[int, int]] = set()
+
+    def note(error: OSError) -> None:
+        name = os.path.relpath(error.filename, folder)
+        skipped.append(Skipped(shown(name), f"{shown(error.filename)}: cannot be looked into ({error.strerror})."))
+
+    waiting = [os.fspath(folder)]
+    while waiting:
+        links: list[str] = []
+        for start in waiting:
+            for parent, folders, names in os.walk(start, onerror=note):
+                status = os.stat(parent)
+                if (status.st_dev, status.st_ino) in seen:
+                    folders.clear()
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                folders.sort()
+                links += (path for name in folders if os.path.islink(path := os.path.join(parent, name)))
+                paths += (os.path.relpath(os.path.join(parent, name), folder) for name in names)
+        # Links come when all that lies here itself has its name.
+        waiting = sorted(links)
+    return sorted(paths), skipped
+
+
+def _left_out(path: str, wanted: tuple[str, ...], all_kinds: bool) -> str | None:
+    """Why a file that is audio by its name is not used; None for those that are used or are none."""
+    if _is_apples(path):
+        return None
+    suffix = os.path.splitext(path)[1].lower()
+    if all_kinds and (advice := unreadable_suffixes().get(suffix)):
+        return f"{suffix} cannot be read here: {advice}."
+    if not path.lower().endswith(wanted):
+        return None
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "its name is no UTF-8: rename it (convmv does so for whole folders)."
+    return None
+
+
+def _is_apples(path: str) -> bool:
+    """What macOS puts beside the files in archives and on foreign disks: no audio, whatever it is called."""
+    return os.path.basename(path).startswith("._") or "__MACOSX" in path.split(os.sep)
+
+
+def _first(skipped: Sequence[Skipped]) -> str:
+    return f" {len(skipped)} were left out; the first: {skipped[0].reason}" if skipped else ""
 
 
 def scan_tar(
     path: str | Path, *, resample: bool = False, suffixes: Sequence[str] | None = None, progress: bool = True
 ) -> Manifest:
-    """Manifest of the audio files in an uncompressed tar, which is never unpacked: samples are read by offset."""
+    """Manifest of the audio files in an uncompressed tar, which is never unpacked: samples are read by offset.
+
+    Members that lie there in pieces and links to others are in `skipped`.
+    """
     path, wanted = Path(path), _suffixes(suffixes)
     rows: list[tuple[str, int | AudioError]] = []
+    skipped: list[Skipped] = []
     places: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(path, "r:") as archive, open(path, "rb") as file:
-            for member in tqdm(archive, desc="Reading headers", disable=not progress, unit="file"):
-                if not member.isreg() or not member.name.lower().endswith(wanted):
-                    continue
-                name = os.path.normpath(member.name)
-                if name in places:
-                    raise ManifestError(f"{path}: holds {name} twice. Remove one of them.")
-                places[name] = (member.offset_data, member.size)
-                window: Any = FileWindow(file, member.offset_data, member.size)
-                try:
-                    length = read_info(window, name=f"{path}:{name}", resample=resample).num_samples_16k
-                except AudioError as error:
-                    rows.append((name, error))
-                else:
-                    rows.append((name, length))
-    except tarfile.TarError as error:
-        raise ManifestError(
-            f"{path}: cannot be read as a tar without compression ({error}). Decompress it first, or unpack it and "
-            "pass the folder."
-        ) from error
+    names: dict[int, str] = {}
+    with open(path, "rb") as file:
+        for name, offset, size, problem in tar_members(path, progress):
+            if not problem:
+                problem = _left_out(name, wanted, suffixes is None)
+            if (not name.lower().endswith(wanted) and not problem) or _is_apples(name):
+                continue
+            if not problem and offset in names:
+                problem = f"is a link to {shown(names[offset])}, which is used itself"
+            if problem:
+                if name.lower().endswith((*wanted, *unreadable_suffixes())):
+                    skipped.append(Skipped(shown(name), f"{path}:{shown(name)}: {problem}"))
+                continue
+            if name in places:
+                raise ManifestError(f"{path}: holds {shown(name)} twice. Remove one of them.")
+            places[name], names[offset] = (offset, size), name
+            try:
+                window = FileWindow(file, offset, size)
+                length = read_info(cast(BinaryIO, window), name=f"{path}:{name}", resample=resample).num_samples_16k
+            except AudioError as error:
+                rows.append((name, error))
+            else:
+                rows.append((name, length))
     if not rows:
-        raise ManifestError(f"{path}: no audio files ({', '.join(wanted)}) in this tar.")
-    columns, skipped = _split(rows, str(path))
+        raise ManifestError(f"{path}: no audio files ({', '.join(wanted)}) in this tar.{_first(skipped)}")
+    columns, more = _split(rows, str(path))
     columns["archive"] = [path.name] * len(columns["path"])
     columns["byte_offset"] = [places[name][0] for name in columns["path"]]
     columns["byte_size"] = [places[name][1] for name in columns["path"]]
-    return Manifest(pa.table(columns), path.absolute().parent, resample=resample, skipped=skipped, name=str(path))
+    root, skipped = path.absolute().parent, skipped + more
+    return Manifest(pa.table(columns), root, resample=resample, skipped=skipped, name=str(path))
 
 
 def _suffixes(suffixes: Sequence[str] | None) -> tuple[str, ...]:
@@ -406,7 +476,32 @@ def _checked(table: pa.Table, name: str) -> pa.Table:
             f"({len(twice)} such fileids). Each needs its own; for a folder with several formats of the same audio, "
             "name one suffix."
         )
+    _check_recordings(table, name, bool(present))
     return table
+
+
+def _check_recordings(table: pa.Table, name: str, in_archives: bool) -> None:
+    """Raises `ManifestError` where a recording comes twice, under whatever names."""
+    columns = [pc.fill_null(table.column("path"), "")]
+    if in_archives:
+        archive = pc.fill_null(table.column("archive"), "")
+        offset = pc.fill_null(table.column("byte_offset"), 0).cast(pa.large_string())
+        # In an archive the place is what counts.
+        inside = pc.binary_join_element_wise(archive, offset, pa.scalar(":", archive.type))
+        columns = [pc.if_else(pc.equal(archive, ""), columns[0], inside)]
+    places = pc.replace_substring_regex(columns[0], r"/(\./)+|//+", "/")
+    places = pc.replace_substring_regex(places, r"^(\./)+", "")
+    if pc.count_distinct(places).as_py() == table.num_rows:
+        return
+    counts = pc.value_counts(places)
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    rows = pc.indices_nonzero(pc.equal(places, twice[0]["values"])).to_pylist()[:2]
+    first, second = (shown(table.column("fileid")[row].as_py()) for row in rows)
+    raise ManifestError(
+        f"{name}: the recording {shown(table.column('path')[rows[0]].as_py())} is there {twice[0]['counts'].as_py()} "
+        f"times, as {first!r} and {second!r} ({len(twice)} such recordings). Leave the others out; what should be "
+        "heard more often gets a weight (data.weights)."
+    )
 
 
 def _fileids(paths: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -6,6 +6,7 @@ with them.
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 from .. import __version__
 from ..data.sources import AudioSource
 from ..system.files import replaced_file, write_text
+from ..system.messages import shown
 from .extractor import Extractor
 from .unit_files import FILE_KEYS, provenance_path, write_units
 
@@ -39,6 +41,7 @@ _IDENTITY = (
 )
 
 
+_LONGEST_NAME = 255  # bytes
 LENGTHS_FILE = "lengths.jsonl"
 
 
@@ -115,6 +118,22 @@ class Layout:
                     f"The fileid {name!r} leads out of the output folder: give the manifest other fileids."
                 )
         return names
+
+    def check_files(self, names: Sequence[str], suffix: str) -> None:
+        """Raises `ValueError` where no file `<name><suffix>` could be written for each, beside those of the others."""
+        folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+        for name in names:
+            parts = PurePosixPath(f"{name}{suffix}").parts
+            longest = max(parts, key=lambda part: len(os.fsencode(part)))
+            if "\0" in name:
+                problem = "has a NUL in it"
+            elif len(os.fsencode(longest)) > _LONGEST_NAME:
+                problem = f"gives a file's name of {len(os.fsencode(longest))} bytes, disks take {_LONGEST_NAME}"
+            elif f"{name}{suffix}" in folders:
+                problem = f"needs a file {name}{suffix}, which is the folder of another utterance"
+            else:
+                continue
+            raise ValueError(f"The fileid {shown(name)} {shown(problem)}: give the manifest other fileids.")
 
 
 @dataclass(eq=False)
@@ -303,6 +322,7 @@ class FeatureStore(Store):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.layout.check_files(self.names, self.suffix)
         self._stale: list[int] = []  # layers with features of other options, to be replaced
 
     @property

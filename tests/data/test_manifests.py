@@ -1,17 +1,21 @@
 """Manifests in every format, and that each bad one says what is wrong with it."""
 
 import json
+import os
 import pickle
 import runpy
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pytest
 import soundfile
 
+from spidr_hf.data.audio import read_audio
 from spidr_hf.data.manifests import Manifest, open_manifest, read_manifest, scan_folder, scan_tar
 from spidr_hf.system.errors import AudioError, ManifestError
 
@@ -255,3 +259,174 @@ def test_other_processes_map_the_cache_instead_of_getting_a_copy(audio, tmp_path
     (tmp_path / "data.arrow").unlink()
     with pytest.raises(ManifestError, match="was changed while it was in use"):
         pickle.loads(pickled)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".tsv"])
+@pytest.mark.parametrize("again", ["{}", "./{}", ".//{}"])
+def test_a_recording_that_comes_twice_is_refused(audio, tmp_path, kind, again):
+    """Under another fileid it would be heard twice as often as the others."""
+    manifest = scan_folder(audio, progress=False)
+    table = manifest.table
+    path = table["path"][0].as_py()
+    row = {name: table[name][0].as_py() for name in table.column_names}
+    row |= {"fileid": "other", "path": again.format(path)}
+    more = pa.concat_tables([table, pa.Table.from_pylist([row], table.schema)])
+    twice = tmp_path / f"twice{kind}"
+    if kind == ".csv":
+        pyarrow.csv.write_csv(more, twice)
+    elif kind == ".jsonl":
+        twice.write_text("".join(json.dumps(row) + "\n" for row in more.to_pylist()))
+    else:
+        lines = [f"{row['path']}\t{row['num_samples']}\n" for row in more.to_pylist()]
+        twice.write_text("".join([f"{audio}\n", *lines]))
+    with pytest.raises(ManifestError, match=r"(comes|is there 2 times|stands for 2)"):
+        read_manifest(twice)
+
+
+def test_folders_with_links_in_circles_are_listed_once(audio, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    soundfile.write(outside / "far.wav", np.zeros(4_000), 16_000)
+    expected = scan_folder(audio, progress=False).table["fileid"].to_pylist()
+    for name, target in {"up": "..", "here": ".", "also_here": ".", "aa": outside, "ab": outside}.items():
+        (audio / name).symlink_to(target)
+    (outside / "back").symlink_to(audio)
+    assert scan_folder(audio, progress=False).table["fileid"].to_pylist() == sorted([*expected, "aa/far"])
+
+
+def test_folders_that_may_not_be_read_are_named(audio, monkeypatch):
+    (audio / "secret").mkdir()
+    (audio / "secret" / "a.wav").write_bytes(b"")
+    look = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    manifest = scan_folder(audio, progress=False)
+    ((fileid, reason),) = manifest.skipped
+    assert fileid == "secret" and "cannot be looked into (Permission denied)" in reason
+
+
+NAMES = [
+    b"caf\xe9",
+    b"a\nb",
+    b"$HOME",
+    b'quote"',
+    b"comma,",
+    "ü".encode(),
+    b"x" * 250,
+    b"%s",
+    b"  blank  ",
+    b"\x1b[31m",
+]
+
+
+def test_odd_names_are_read_or_named(tmp_path):
+    for name in NAMES:
+        with open(os.fsencode(tmp_path) + b"/" + name + b".wav", "wb") as file:
+            soundfile.write(file, np.zeros(4_000), 16_000, format="WAV")
+    manifest = scan_folder(tmp_path, progress=False)
+    assert len(manifest) == len(NAMES) - 1
+    ((fileid, reason),) = manifest.skipped
+    assert fileid.isprintable() and reason.isprintable() and "no UTF-8" in reason
+    for kind in (".csv", ".jsonl"):
+        manifest.write(tmp_path / f"all{kind}")
+        again = read_manifest(tmp_path / f"all{kind}")
+        assert again.table["fileid"].to_pylist() == manifest.table["fileid"].to_pylist()
+        assert all(len(again.read(i)) == 4_000 for i in range(len(again)))
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".wav", "a\0b.wav", "y/" * 3000 + ".wav"])
+def test_names_that_no_disk_takes_are_named_when_they_are_read(tmp_path, name):
+    table = pa.table({"fileid": ["a"], "path": [name], "num_samples": [4_000]})
+    with pytest.raises(AudioError) as caught:
+        Manifest(table, tmp_path).read(0)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2_000
+
+
+def test_audio_that_is_not_read_here_is_named(audio, monkeypatch):
+    """And what macOS leaves beside it is nothing."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("a.m4a", "b.WEBM", "c.wv", "._d.wav", "__MACOSX/e.wav", "notes.txt"):
+        (audio / name).parent.mkdir(exist_ok=True)
+        (audio / name).write_bytes(b"x")
+    with tarfile.open(audio.parent / "all.tar", "w") as archive:
+        archive.add(audio, "audio")
+    for manifest in (scan_folder(audio, progress=False), scan_tar(audio.parent / "all.tar", progress=False)):
+        assert len(manifest) == 3
+        reasons = {os.path.basename(entry.fileid): entry.reason for entry in manifest.skipped}
+        assert reasons.keys() == {"a.m4a", "b.WEBM", "c.wv"}
+        assert "install torchcodec and FFmpeg" in reasons["a.m4a"] and "convert it" in reasons["c.wv"]
+    assert not scan_folder(audio, suffixes=[".flac"], progress=False).skipped
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two recordings: noise, and silence in the middle of noise that a disk keeps as a hole."""
+    noise = (8_000 * np.random.default_rng(0).standard_normal(4_000)).astype(np.int16)
+    soundfile.write(tmp_path / "a.wav", noise, 16_000)
+    soundfile.write(tmp_path / "b.wav", np.concatenate([noise, np.zeros(200_000, np.int16), noise]), 16_000)
+    return tmp_path
+
+
+def tar(folder, name, *arguments):
+    subprocess.run(["tar", "-C", folder, "-cf", folder / name, *arguments], check=True)
+    return folder / name
+
+
+@pytest.mark.parametrize("format", ["gnu", "oldgnu", "pax"])
+def test_sparse_members_are_named(two, format):
+    (two / "holes").mkdir()
+    subprocess.run(["cp", "--sparse=always", two / "b.wav", two / "holes" / "b.wav"], check=True)
+    path = tar(two, "s.tar", "-S", f"--format={format}", "a.wav", "-C", two / "holes", "b.wav")
+    manifest = scan_tar(path, progress=False)
+    expected = {"a": read_audio(two / "a.wav"), "b": read_audio(two / "b.wav")}
+    for i in range(len(manifest)):
+        np.testing.assert_array_equal(manifest.read(i), expected.pop(manifest.fileid(i)))
+    assert [entry.fileid for entry in manifest.skipped] == [f"{name}.wav" for name in expected]
+    assert all("stored with holes" in entry.reason for entry in manifest.skipped)
+    assert "a" not in expected
+
+
+def test_tars_behind_one_another(two):
+    content = tar(two, "1.tar", "a.wav").read_bytes() + tar(two, "2.tar", "b.wav").read_bytes()
+    (two / "all.TAR").write_bytes(content)
+    manifest = open_manifest(two / "all.TAR", progress=False)
+    assert [manifest.fileid(i) for i in range(2)] == ["a", "b"]
+    for i, name in enumerate("ab"):
+        np.testing.assert_array_equal(manifest.read(i), read_audio(two / f"{name}.wav"))
+    (two / "damaged.tar").write_bytes(content[:20_480] + b"no tar" * 200 + content[20_480:])
+    (two / "short.tar").write_bytes(content[: len(content) // 2])
+    for name in ("damaged.tar", "short.tar"):
+        with pytest.raises(ManifestError, match=r"cut off or damaged behind its first \d+ files"):
+            scan_tar(two / name, progress=False)
+
+
+@pytest.mark.parametrize("link", [os.link, lambda target, name: os.symlink(target.name, name)])
+def test_links_in_tars(two, link):
+    """A link to audio that is used is named; one to audio of another name is that audio."""
+    (two / "blob").write_bytes((two / "b.wav").read_bytes())
+    link(two / "a.wav", two / "again.wav")
+    link(two / "blob", two / "c.wav")
+    os.symlink("nowhere.wav", two / "d.wav")
+    manifest = scan_tar(tar(two, "l.tar", "a.wav", "again.wav", "blob", "c.wav", "d.wav"), progress=False)
+    assert manifest.table["path"].to_pylist() == ["a.wav", "c.wav"]
+    np.testing.assert_array_equal(manifest.read(1), read_audio(two / "b.wav"))
+    reasons = {entry.fileid: entry.reason for entry in manifest.skipped}
+    assert "is a link to a.wav, which is used itself" in reasons.pop("again.wav")
+    assert "is a link to nowhere.wav, which is not in the tar" in reasons.pop("d.wav") and not reasons
+
+
+def test_every_cut_of_a_tar_is_told(two):
+    whole = tar(two, "w.tar", "a.wav", "b.wav").read_bytes()
+    for length in np.random.default_rng(0).integers(1, len(whole) - 11_000, 30):
+        (two / "cut.tar").write_bytes(whole[:length])
+        try:
+            found = scan_tar(two / "cut.tar", progress=False)
+        except ManifestError as error:
+            assert "cut off" in str(error)
+        else:  # between two members nothing shows that there was more
+            assert length % 512 == 0 and len(found) == 1

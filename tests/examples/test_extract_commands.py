@@ -403,3 +403,29 @@ def test_lengths_that_the_manifest_has_wrong_are_named(model_folder, data, tmp_p
     # With the lengths mended the same results are found, and nothing is left to say.
     mended = run_command("extract_units", model_folder, data, out, "--layers", 4)
     assert "0 utterances computed" in mended.out and not (out / "lengths.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("fileids", "message"),
+    [
+        (["a", "a.pt/b"], "which is the folder of another utterance"),
+        (["a", "x" * 253], "file's name of 256 bytes"),
+        (["ü" * 127, "b"], "file's name of 257 bytes"),
+        (["a\0b", "c"], "has a NUL in it"),
+        (["/etc/a", "c"], "leads out of the output folder"),
+    ],
+)
+def test_names_that_cannot_be_files_are_told_first(model_folder, tmp_path, monkeypatch, fileids, message):
+    for i in range(2):
+        soundfile.write(tmp_path / f"{i}.wav", np.zeros(4_000), 16_000)
+    rows = [{"fileid": name, "path": f"{i}.wav", "num_samples": 4_000} for i, name in enumerate(fileids)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(Extractor, "results", lambda *_: pytest.fail("the model ran"))
+    fails(run_command("extract_features", model_folder, tmp_path / "m.jsonl", tmp_path / "out"), message)
+
+
+def test_the_longest_names_are_written(model_folder, tmp_path):
+    name = "x" * 251
+    soundfile.write(tmp_path / f"{name}.wav", np.random.default_rng(0).normal(0, 0.1, 4_000), 16_000)
+    done = run_command("extract_features", model_folder, tmp_path, tmp_path / "out", "--layers", 2)
+    assert done.status == 0 and (tmp_path / "out" / "2" / f"{name}.pt").exists()
