@@ -12,7 +12,7 @@ from spidr_hf import SpidrConfig
 from spidr_hf.system.messages import shown
 
 from .errors import ConversionError
-from .safe_pickle import plain
+from .safe_pickle import StandIn, plain
 from .spidr_format import Converted, from_spidr, in_words_of_the_file, model_section, only_tensors, to_spidr
 from .tensors import Shape, as_stored, check_sizes, check_tensors, expected_tensors
 
@@ -230,18 +230,18 @@ def _value(value: Any) -> str:
 def update_count(checkpoint: Mapping[str, Any]) -> int | None:
     """Number of updates the checkpoint has seen, None where it does not tell."""
     history = plain(checkpoint.get("optimizer_history"))
-    if isinstance(history, list) and history and isinstance(history[-1], Mapping):
-        count = history[-1].get("num_updates")
-        if isinstance(count, int):
-            return count
+    counts = [history[-1].get("num_updates")] if isinstance(history, list) and _is_table(history[-1:]) else []
     optimizer = checkpoint.get("last_optimizer_state")
     states = optimizer.get("state") if isinstance(optimizer, Mapping) else None
     if isinstance(states, Mapping) and states:
         first = states.get(0, next(iter(states.values())))
-        count = plain(first.get("step")) if isinstance(first, Mapping) else None
-        if isinstance(count, (int, float)):
-            return int(count)
-    return None
+        counts.append(plain(first.get("step")) if isinstance(first, Mapping) else None)
+    possible = (count for count in counts if isinstance(count, (int, float)) and 0 <= count < 2**63)
+    return next((int(count) for count in possible), None)
+
+
+def _is_table(entries: list) -> bool:
+    return bool(entries) and isinstance(entries[0], Mapping)
 
 
 # ---- tensors
@@ -299,7 +299,9 @@ def fairseq_tensors(checkpoint: Mapping[str, Any], what: str) -> dict[str, Tenso
         ConversionError: there are other things among them, or a feature extractor of the teacher's own.
     """
     model = checkpoint["model"]
-    ema = plain(model.get("_ema")) if not isinstance(model.get("_ema"), Mapping) else model["_ema"]
+    ema = model.get("_ema")
+    if isinstance(ema, StandIn):  # a kind of dict that is not loaded
+        ema = ema.items
     flat = {str(name): value for name, value in model.items() if name != "_ema"}
     if isinstance(ema, Mapping):
         flat |= {f"{_EMA}{name}": value for name, value in ema.items()}

@@ -10,6 +10,7 @@ import _compat_pickle
 import os
 import pickle
 import re
+import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -330,6 +331,7 @@ class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
     append: Callable[[Any], None]
+    read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file: _BoundedFile, effort: _Effort, load_storage: Callable[[Any], Storage] | None = None):
@@ -447,6 +449,10 @@ class _Unpickler(pickle._Unpickler):
         self._check_keys(entries)
         self.append(frozenset(entries))
 
+    def load_bytearray8(self) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))  # Python's own would first make one as long as the file says
+
     def load_reduce(self) -> None:
         args = self.stack.pop()
         self.stack[-1] = self.call(self.stack[-1], args)
@@ -477,6 +483,7 @@ class _Unpickler(pickle._Unpickler):
         (pickle.APPENDS, load_appends),
         (pickle.ADDITEMS, load_additems),
         (pickle.FROZENSET, load_frozenset),
+        (pickle.BYTEARRAY8, load_bytearray8),
         (pickle.REDUCE, load_reduce),
         (pickle.NEWOBJ, load_newobj),
         (pickle.NEWOBJ_EX, load_newobj_ex),
@@ -531,7 +538,8 @@ class _Settings:
         if isinstance(value, (list, tuple, set, frozenset)):
             return [self.plain(entry, depth + 1) for entry in value]
         if isinstance(value, Tensor):
-            return value.item() if value.numel() == 1 else value
+            # One of many numbers is no setting, and has no truth value to be compared by.
+            return value.item() if value.numel() == 1 else StandIn("torch.Tensor")
         return self._of_object(value, depth) if isinstance(value, StandIn) else value
 
     def _key(self, key: Any) -> Any:
@@ -567,7 +575,7 @@ def plain(value: Any) -> Any:
     """Stored settings as plain Python values.
 
     Namespaces, dataclasses and omegaconf containers become dicts and lists, enum members their values, numbers and
-    strings themselves; what is none of these stays a `StandIn`.
+    strings and tensors of one number themselves; what is none of these is a `StandIn`.
 
     Raises:
         ConversionError: they are too many, too deep or contain themselves.

@@ -107,6 +107,7 @@ def hand_written() -> dict[str, tuple[bytes, str]]:
         ),
         "a text of 4 GB that is not there": (b"\x80\x04\x8d" + struct.pack("<Q", 4 << 30) + b"abc.", "damaged"),
         "a text of 2 ** 62 bytes that is not there": (b"\x80\x04\x8d" + struct.pack("<Q", 1 << 62) + b"x.", "damaged"),
+        "5 GB of bytes that are not there": (b"\x80\x05\x96" + struct.pack("<Q", 5 << 30) + b"abc.", "damaged"),
         "an unending line": (b"\x80\x02S'" + b"a" * 1000, "damaged"),
         "a number of 100 000 digits": (b"I" + b"9" * 100_000 + b"\n.", "damaged"),
         "a tensor that repeats one number": (

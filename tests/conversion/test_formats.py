@@ -612,6 +612,13 @@ def test_fairseq_update_count() -> None:
     assert update_count({"optimizer_history": [{"num_updates": 3}, {"num_updates": 7}]}) == 7
     assert update_count({"optimizer_history": [], "last_optimizer_state": {"state": {4: {"step": 6}}}}) == 6
     assert update_count({"last_optimizer_state": None}) is None
+    for count in (None, "7", -1, float("nan"), float("inf"), 2**63, [7], torch.zeros(3)):
+        assert update_count({"optimizer_history": [{"num_updates": count}]}) is None
+        assert update_count({"last_optimizer_state": {"state": {0: {"step": count}}}}) is None
+        states = {"state": {0: {"step": torch.tensor(5.0)}}}
+        assert update_count({"optimizer_history": [{"num_updates": count}], "last_optimizer_state": states}) == 5
+    for strange in (3, [], [None], {"a": 1}):
+        assert update_count({"optimizer_history": strange, "last_optimizer_state": strange}) is None
     checkpoint = variant_of_fairseq()
     checkpoint["optimizer_history"] = checkpoint["last_optimizer_state"] = None
     converted = convert_fairseq(checkpoint)
