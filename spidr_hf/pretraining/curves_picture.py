@@ -8,12 +8,13 @@ import importlib.util
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..configuration_spidr import SpidrConfig
 from ..training.observers import Observer
+from ..training.planning import NOTE, Line
 
 # What it runs; as a file, since importing the package would take longer than drawing.
 _DRAWING = Path(__file__).resolve().parent.parent / "plots" / "curves.py"
@@ -82,4 +83,10 @@ class CurvesPicture(Observer):
         )
 
 
-__all__ = ["CurvesPicture"]
+def plan() -> Iterator[Line]:
+    """Whether there will be pictures."""
+    if importlib.util.find_spec("matplotlib") is None:
+        yield Line(NOTE, "no pictures of the curves: pip install 'spidr_hf[train]' brings matplotlib.")
+
+
+__all__ = ["CurvesPicture", "plan"]

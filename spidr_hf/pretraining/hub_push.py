@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -20,6 +20,7 @@ from ..hub.card import trained_card
 from ..hub_spidr import AUTO_MAP, save_code_files
 from ..system.errors import ConfigError
 from ..training.observers import Observer
+from ..training.planning import Line
 from .config import PretrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -169,4 +170,11 @@ def _link(path: Path, target: Path) -> None:
         shutil.copy2(path, target)
 
 
-__all__ = ["HubPush", "check_push", "start_push"]
+def plan(repo: str | None) -> Iterator[Line]:
+    """Where models go on the Hub. Raises `ConfigError` where nothing can be uploaded."""
+    if repo:
+        check_push(repo, make=False)
+        yield Line("hub", f"every checkpoint's model and the final one to https://huggingface.co/{repo}")
+
+
+__all__ = ["HubPush", "check_push", "plan", "start_push"]

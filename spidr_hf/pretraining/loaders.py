@@ -4,14 +4,26 @@ Both kinds of loader are iterated for this process's batches, without end (`Audi
 make one of); `state` is what a checkpoint needs beside the position that each batch's key carries.
 """
 
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..configuration_spidr import SpidrConfig
-from ..data.batches import Batch, BatchBuilder, PretrainingBatches, make_loader, make_sampler, min_samples, too_short
-from ..data.batching import Position
+from ..configuration_spidr import SAMPLING_RATE, SpidrConfig, frame_lengths
+from ..data.batches import (
+    Batch,
+    BatchBuilder,
+    PretrainingBatches,
+    SkippedFiles,
+    make_loader,
+    make_sampler,
+    min_samples,
+    too_short,
+)
+from ..data.batching import BucketSampler, Position
+from ..data.masking import masked_frames
 from ..data.mixture import MixedSource
 from ..data.sections import DataSection
 from ..data.sources import AudioSource, Skipped, StreamedSource
@@ -19,7 +31,12 @@ from ..data.streaming import StreamedBatches
 from ..system.errors import AudioError, BatchingError
 from ..system.processes import gather_all
 from ..training.checkpoints import TrainerState
+from ..training.planning import NOTE, PROBLEM, Line
 from .config import PretrainingConfig
+
+# What is looked at of a run that has not begun.
+_SAMPLED_FILES = 16
+_BATCHES_LOOKED_AT = 50
 
 
 class EpochLoader:
@@ -53,6 +70,8 @@ class EpochLoader:
         batches = PretrainingBatches(source, config.data, config.masking, model, config.run.random_seed)
         self._loader = make_loader(batches, self.sampler, config.data, pin_memory=pin_memory)
         self.notes = source.describe() if isinstance(source, MixedSource) else []
+        if note := heard_note(self.sampler, source.num_samples, config.data):
+            self.notes.append(note)
         # What was left out before any batch, of how many.
         self.scanned: tuple[Sequence[Skipped], int] = unusable(source, config.data, model)
         self.amount = f"{self.sampler.hours:.1f} h of audio"
@@ -141,10 +160,140 @@ def make_data_loader(
     return (StreamLoader if isinstance(source, StreamedSource) else EpochLoader)(source, *arguments, **options)
 
 
+@dataclass(frozen=True)
+class ExpectedBatches:
+    """The batches that a run begins with.
+
+    Attributes:
+        sampler: who makes them.
+        samples, row: samples in the largest, and in each of its rows.
+        utterances, masked, seconds: means over batches: rows, masked frames, and seconds of audio.
+    """
+
+    sampler: BucketSampler
+    samples: int
+    row: int
+    utterances: float
+    masked: float
+    seconds: float
+
+
+def expected_batches(
+    source: AudioSource | StreamedSource, config: PretrainingConfig, world_size: int
+) -> ExpectedBatches | None:
+    """By lengths alone; None for streamed audio. Raises `BatchingError` where there are no batches."""
+    if isinstance(source, StreamedSource):
+        return None
+    data, accumulation = config.data, config.optimizer.gradient_accumulation_steps
+    sampler = make_sampler(source, data, config.model, world_size=world_size, accumulation=accumulation)
+    lengths = np.minimum(np.asarray(source.num_samples), data.max_sample_size)
+    shapes = []
+    for utterances in sampler.epoch_batches(0)[:_BATCHES_LOOKED_AT]:
+        rows = lengths[np.asarray(utterances)]
+        shapes.append((len(rows), int(rows.max() if data.enable_padding else rows.min())))
+    spans, rng, masked = config.masking.spans(), np.random.default_rng(0), []
+    for rows, samples in shapes:
+        frames = np.full(rows, frame_lengths(config.model, samples))
+        masked.append(masked_frames(frames, spans, rng).size if spans else int(frames.sum()))
+    largest = max(shapes, key=lambda shape: shape[0] * shape[1])
+    return ExpectedBatches(
+        sampler,
+        largest[0] * largest[1],
+        largest[1],
+        float(np.mean([rows for rows, _ in shapes])),
+        float(np.mean(masked)),
+        float(np.mean([rows * samples / SAMPLING_RATE for rows, samples in shapes])),
+    )
+
+
+def heard_note(sampler: BucketSampler, lengths: np.ndarray, data: DataSection) -> str | None:
+    """What share of the audio an epoch hears, and what to do about it, where recordings are longer than crops."""
+    longer = int((np.asarray(lengths) > data.max_sample_size).sum())
+    if not longer:
+        return None
+    return (
+        f"an epoch hears {sampler.heard_share:.1%} of the audio: {longer} recordings are longer than "
+        f"`data.max_sample_size` ({data.max_sample_size / SAMPLING_RATE:g} s), and of each an epoch takes one crop. To "
+        "hear more, cut them into utterances, raise `data.max_sample_size`, or train for more epochs."
+    )
+
+
+def source_plan(source: AudioSource | StreamedSource, config: PretrainingConfig) -> Iterator[Line]:
+    """What audio there is, and whether it can be read."""
+    if isinstance(source, StreamedSource):
+        yield Line("data", f"{config.data.manifest}, streamed: how much it is shows while it is read")
+        return
+    yield from decoding_plan(source, config.data.max_skipped_share, "data")
+    skipped, _ = unusable(source, config.data, config.model)
+    if skipped:
+        yield Line(NOTE, f"{len(skipped)} files cannot be used; the first: {skipped[0].reason}")
+
+
+def plan(
+    source: AudioSource | StreamedSource, config: PretrainingConfig, batches: ExpectedBatches | None, world_size: int
+) -> Iterator[Line]:
+    """How the audio becomes updates."""
+    if batches is None or isinstance(source, StreamedSource):
+        return
+    sampler, optimizer = batches.sampler, config.optimizer
+    accumulation = optimizer.gradient_accumulation_steps
+    yield Line("data", f"{sampler}")
+    if note := heard_note(sampler, source.num_samples, config.data):
+        yield Line(NOTE, note)
+    per_update = world_size * accumulation
+    masked = per_update * batches.masked
+    yield Line(
+        "update",
+        f"{world_size} process{'es' * (world_size > 1)} x {accumulation} batch{'es' * (accumulation > 1)} of "
+        f"{batches.seconds:.1f} s ({batches.utterances:.0f} utterances): {per_update * batches.seconds:.0f} s of "
+        f"audio, {masked:.0f} masked frames, {masked / config.model.codebook_size:.1f} for each codeword of a codebook",
+    )
+    yield Line(
+        "schedule",
+        f"{optimizer.max_steps} updates = {optimizer.max_steps / sampler.updates_per_epoch():.1f} epochs = "
+        f"{optimizer.max_steps * per_update * batches.seconds / 3600:.0f} h of audio heard; lr {optimizer.lr:g}, "
+        f"{optimizer.scheduler}",
+    )
+    SkippedFiles(None, config.data.max_skipped_share).add(*unusable(source, config.data, config.model))
+
+
+def decoding_plan(source: AudioSource, max_share: float, topic: str) -> Iterator[Line]:
+    """Reads a few utterances from all over the source; too many that cannot be read are a problem."""
+    indices = np.unique(np.linspace(0, len(source) - 1, _SAMPLED_FILES).astype(int))
+    failures, samples, start = [], 0, time.perf_counter()
+    for index in indices:
+        try:
+            samples += len(source.read(int(index)))
+        except AudioError as error:
+            failures.append(str(error))
+    seconds = time.perf_counter() - start
+    if failures:
+        too_many = len(failures) > max_share * len(indices) or len(failures) == len(indices)
+        text = f"{len(failures)} of {len(indices)} files tried cannot be used. The first: {failures[0]}"
+        yield Line(PROBLEM if too_many else NOTE, text)
+    if samples:
+        yield Line(
+            topic,
+            f"{len(indices) - len(failures)} of {len(indices)} files tried can be read, "
+            f"{samples / SAMPLING_RATE / seconds:.0f} s of audio per second in one process",
+        )
+
+
 def _usable(batch: Batch) -> Batch:
     if batch.failure:
         raise AudioError(batch.failure)
     return batch
 
 
-__all__ = ["EpochLoader", "StreamLoader", "make_data_loader", "unusable"]
+__all__ = [
+    "EpochLoader",
+    "ExpectedBatches",
+    "StreamLoader",
+    "decoding_plan",
+    "expected_batches",
+    "heard_note",
+    "make_data_loader",
+    "plan",
+    "source_plan",
+    "unusable",
+]

@@ -10,15 +10,24 @@ workspaces, and a part of the memory that the allocator holds without using it.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ..configuration_spidr import SpidrConfig, frame_lengths
 from ..cpu_spidr import products_attend_faster
+from ..kernels_spidr import kernels_run
 from ..modeling_spidr import SpidrForPretraining
+from ..training.checkpoints import Checkpoint
+from ..training.planning import NOTE, PROBLEM, Line, size
+from ..training.sharding import sharding_plugin
+from .config import PretrainingConfig
+from .loaders import ExpectedBatches
 
 MASKED_SHARE = 1 - math.exp(-0.8)  # of the recipe's spans, which overlap
 _CONTEXT = 1 << 30
@@ -81,18 +90,18 @@ def _counts(fields: str) -> Mapping[str, int]:
     early = {id(parameter) for module in extractor for parameter in module.parameters()}
     counts = dict.fromkeys(("all", "trained", "matrices", "early", "early_matrices", "teacher", "buffers"), 0)
     for name, parameter in model.named_parameters():
-        size = parameter.numel()
+        count = parameter.numel()
         if name.startswith("teacher."):
-            counts["teacher"] += size
+            counts["teacher"] += count
             continue
-        counts["all"] += size
+        counts["all"] += count
         if not parameter.requires_grad:
             continue
-        matrix = size if parameter.dim() > 1 else 0
-        counts["trained"] += size
+        matrix = count if parameter.dim() > 1 else 0
+        counts["trained"] += count
         counts["matrices"] += matrix
         if id(parameter) in early:
-            counts["early"] += size
+            counts["early"] += count
             counts["early_matrices"] += matrix
     counts["buffers"] = sum(buffer.numel() for buffer in model.codebooks.buffers())
     counts["layer"] = sum(parameter.numel() for parameter in model.teacher.layers[0].parameters())
@@ -209,6 +218,86 @@ def training_memory(
     )
 
 
+def checkpoint_bytes(config: SpidrConfig) -> int:
+    """Size of a checkpoint: weights, teacher, codebooks, and two moments of what trains."""
+    return model_bytes(config) + 8 * parameter_counts(config)["trained"]
+
+
+def model_bytes(config: SpidrConfig) -> int:
+    """Size of a model folder: weights, teacher, codebooks."""
+    counts = parameter_counts(config)
+    return 4 * (counts["all"] + counts["teacher"] + counts["buffers"])
+
+
+def model_plan(config: SpidrConfig, origin: str) -> Iterator[Line]:
+    """What the model is, and where it comes from."""
+    counts = parameter_counts(config)
+    yield Line(
+        "model",
+        f"{config.objective}: {counts['trained'] / 1e6:.1f} M trained parameters, {counts['teacher'] / 1e6:.1f} M in "
+        f"the teacher, {config.num_codebooks} codebooks of {config.codebook_size}",
+    )
+    yield Line("model", origin)
+
+
+def plan(
+    config: PretrainingConfig,
+    accelerator: Accelerator,
+    batches: ExpectedBatches | None,
+    checkpoint: Checkpoint | None,
+) -> Iterator[Line]:
+    """Memory of a step on each device, and whether that is there. `batches` None: of the largest size allowed."""
+    device, data, optimizer = accelerator.device, config.data, config.optimizer
+    longest = min(data.max_sample_size, data.max_batch_length)
+    samples, row = (batches.samples, batches.row) if batches else (data.max_batch_length // longest * longest, longest)
+    sharding = sharding_plugin(accelerator)
+    options: dict[str, Any] = {
+        "batch_samples": samples,
+        "utterance_samples": row,
+        "masked_share": MASKED_SHARE if config.masking.spans() else 1.0,
+        "dtype": optimizer.dtype,
+        "keeps_gradients": accelerator.num_processes > 1 or optimizer.gradient_accumulation_steps > 1,
+        "gradient_checkpointing": bool(sharding and sharding.activation_checkpointing),
+        "shards": accelerator.num_processes if sharding else 1,
+        "frozen": (checkpoint.state.step if checkpoint else 0) >= config.model.freeze_step,
+    }
+    fused = config.run.kernels and kernels_run(torch.empty(0, device=device))
+    needed = training_memory(config.model, device=device.type, kernels=fused, **options)
+    parts = [
+        ("weights, teacher, codebooks", needed.parameters + needed.teacher + needed.codebooks + needed.weight_copies),
+        ("gradients and optimizer", needed.gradients + needed.optimizer),
+        ("activations of the extractor", needed.extractor),
+        ("of the encoder", needed.positional + needed.layers + needed.objective),
+        ("batch and passing", needed.batch + needed.transient),
+        ("CUDA and fragmentation", needed.allowance),
+    ]
+    shown = ", ".join(f"{name} {size(count)}" for name, count in parts if count)
+    yield Line("memory", f"{size(needed.total)} on each {device.type.upper()} ({shown})")
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        if needed.total > total:
+            yield Line(
+                PROBLEM,
+                f"a step needs about {size(needed.total)}, {torch.cuda.get_device_name(device)} has {size(total)}: "
+                "lower data.max_batch_length, and raise optimizer.gradient_accumulation_steps by as much.",
+            )
+        return
+    gpu = training_memory(config.model, device="cuda", kernels=config.run.kernels, **options)
+    plain = training_memory(config.model, device="cuda", kernels=False, **options)
+    yield Line("memory", f"on a GPU {size(gpu.total)} ({size(plain.total)} without the fused kernels)")
+    if (free := _free_memory()) is not None and needed.total * accelerator.num_processes > free:
+        yield Line(NOTE, f"this machine has {size(free)} of memory to spare, which is too little to run it here.")
+
+
+def _free_memory() -> int | None:
+    """Bytes that programs may still take, where the system says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def _extractor(
     config: SpidrConfig, batch_samples: int, utterance_samples: int, e: int, norm: int, kernels: bool
 ) -> tuple[float, float]:
@@ -258,4 +347,13 @@ def _layer(
     return layer, end, feed_forward + norm
 
 
-__all__ = ["MASKED_SHARE", "MemoryEstimate", "parameter_counts", "training_memory"]
+__all__ = [
+    "MASKED_SHARE",
+    "MemoryEstimate",
+    "checkpoint_bytes",
+    "model_bytes",
+    "model_plan",
+    "parameter_counts",
+    "plan",
+    "training_memory",
+]

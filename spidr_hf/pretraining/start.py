@@ -1,9 +1,12 @@
 """How a run begins: with random weights, with those of a checkpoint in any format, or where it was stopped; and how it
 leaves its folder."""
 
+import math
 import os
+import shutil
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,13 +29,15 @@ from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError, RunFolderError
 from ..system.fields import differences
 from ..system.files import write_text
-from ..system.processes import RunLock, gather_all
+from ..system.processes import RunLock, gather_all, lock
 from ..training.checkpoints import MODEL_FILE, Checkpoint, Checkpoints, TrainerState
 from ..training.metrics import read_rows
+from ..training.planning import PROBLEM, Line, size
 from ..training.stopping import StopSignal
-from ..training.trackers import end_trackers
+from ..training.trackers import check_tracker, end_trackers
 from .config import PretrainingConfig, make_config
 from .hub_push import check_push
+from .memory import checkpoint_bytes, model_bytes
 from .setup import Learner, make_accelerator, save_final, small_batch_note, whole_model
 
 
@@ -98,6 +103,7 @@ def open_run(config: PretrainingConfig, output_dir: Path) -> Run | None:
     Returns None, and leaves the folder as it is, where the run is complete; a line says so. Raises an error of
     `system.errors` for what cannot be run.
     """
+    check_tracker(config.run.tracker)
     accelerator, notes = make_accelerator(config, output_dir)
     world_size, is_main = accelerator.num_processes, accelerator.is_main_process
     notes += [*config.notes, small_batch_note(config, world_size)]
@@ -105,11 +111,11 @@ def open_run(config: PretrainingConfig, output_dir: Path) -> Run | None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     checkpoints = Checkpoints(output_dir / "checkpoints", config.run.keep_latest, writes=is_main)
-    lock = None
+    held = None
     # The first process takes the folder, the others then find everything there.
     with accelerator.main_process_first():
         if is_main:
-            lock = RunLock(output_dir)
+            held = RunLock(output_dir)
             checkpoints.remove_partial()
         checkpoint = checkpoints.newest()
         complete = complete_note(output_dir, config, checkpoint)
@@ -121,9 +127,9 @@ def open_run(config: PretrainingConfig, output_dir: Path) -> Run | None:
             source = open_source(config.data, cache=output_dir / "data.arrow", progress=is_main)
             model, origin = make_model(config, checkpoint)
     if complete is not None:
-        if lock is not None:
+        if held is not None:
             print(complete, file=sys.stderr)
-            lock.release()
+            held.release()
         accelerator.end_training()
         return None
     found = gather_all([checkpoint.state.step if checkpoint else 0])
@@ -134,7 +140,7 @@ def open_run(config: PretrainingConfig, output_dir: Path) -> Run | None:
         notes += resume_notes(state, source.fingerprint, world_size, config.optimizer.gradient_accumulation_steps)
         state.data = source.fingerprint
     notes.append(origin)
-    return Run(config, output_dir, accelerator, checkpoints, checkpoint, source, model, state, notes, lock)
+    return Run(config, output_dir, accelerator, checkpoints, checkpoint, source, model, state, notes, held)
 
 
 def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tuple[SpidrForPretraining, str]:
@@ -226,6 +232,46 @@ def complete_note(output_dir: Path, config: PretrainingConfig, checkpoint: Check
     )
 
 
+def plan(config: PretrainingConfig, output_dir: Path, running: bool) -> Iterator[Line]:
+    """Whether the run's folder can be written to, and what will lie there; `running`: it holds a part of it already."""
+    existing = output_dir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        yield Line(PROBLEM, f"{existing} is a file: choose another --output-dir.")
+        return
+    read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+    if read_only or not os.access(existing, os.W_OK | os.X_OK):
+        yield Line(PROBLEM, f"{existing} cannot be written to: choose another --output-dir.")
+    if _locked(output_dir / ".lock"):
+        yield Line(PROBLEM, f"{output_dir} is in use by another run at present. Stop it first.")
+    kept, each = config.run.keep_latest, checkpoint_bytes(config.model)
+    written = math.ceil(config.optimizer.max_steps / config.run.save_interval)
+    # While one is written, the one that it replaces is still there.
+    needed = (written if kept < 0 else min(written, kept + 1)) * each + model_bytes(config.model)
+    free = shutil.disk_usage(existing).free
+    there = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file()) if running else 0
+    yield Line(
+        "disk",
+        f"{written} checkpoints of {size(each)}, {'all' if kept < 0 else kept} kept: {size(needed)} at most; "
+        f"{size(free)} free at {existing}",
+    )
+    if needed > free + there:
+        yield Line(
+            PROBLEM,
+            f"{existing} has {size(free)} free, the run's checkpoints need {size(needed)}: set run.keep_latest, a "
+            "larger run.save_interval, or another --output-dir.",
+        )
+
+
+def _locked(path: Path) -> bool:
+    try:
+        with open(path, "r+") as file:
+            return not lock(file)
+    except OSError:  # there is none, or it cannot be written to, which is told elsewhere
+        return False
+
+
 def resume_notes(state: TrainerState, data: str, world_size: int, accumulation: int) -> list[str]:
     """What will not be as it would have been without the interruption."""
     notes = []
@@ -253,6 +299,7 @@ __all__ = [
     "initial_model",
     "make_model",
     "open_run",
+    "plan",
     "read_original",
     "resume_notes",
     "settle_config",

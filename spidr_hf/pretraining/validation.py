@@ -39,9 +39,11 @@ from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import AudioError, ConfigError
 from ..system.names import find_names
 from ..system.processes import gather_all
+from ..training.planning import NOTE, PROBLEM, Line
 from ..training.sharding import is_sharded
 from ..units.extractor import Extractor, Outputs, batches_by_length
 from .config import PretrainingConfig
+from .loaders import decoding_plan
 
 # What a random number is drawn for; part of its seed.
 _CROP, _MASK = range(2)
@@ -406,6 +408,28 @@ def open_sets(
     ]
 
 
+def plan(config: PretrainingConfig) -> Iterator[Line]:
+    """What a run validates on, and when."""
+    for name, section in config.validation.items():
+        try:
+            validation = ValidationSet(name, section, config)
+        except (ValueError, OSError) as error:  # the others are looked at all the same
+            yield Line(PROBLEM, " ".join(str(error).split()))
+            continue
+        yield from decoding_plan(validation.source, section.max_skipped_share, "validation")
+        phones = "phones known" if section.alignments_path else "phones not known"
+        yield Line("validation", f"{name}: {validation.num_utterances} utterances, {phones}")
+        for note in validation.new_notes():
+            yield Line(NOTE, f"[validation.{name}]: {note}.")
+    interval = config.run.validate_interval
+    if config.validation and not interval:
+        yield Line("validation", "by `examples/validate.py --run-dir DIR --watch`, beside the run")
+    elif config.validation:
+        yield Line("validation", f"by the training processes, every {interval} updates")
+    elif interval:
+        yield Line(PROBLEM, f"`run.validate_interval` is {interval}, and there is no section [validation.<name>].")
+
+
 def _perplexities(counts: np.ndarray) -> np.ndarray:
     """Perplexity of each row of counts (or sums of probabilities)."""
     shares = counts / counts.sum(axis=1, keepdims=True)
@@ -442,4 +466,4 @@ def _eager(model: nn.Module) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-__all__ = ["Totals", "Utterance", "ValidationSet", "open_sets"]
+__all__ = ["Totals", "Utterance", "ValidationSet", "open_sets", "plan"]

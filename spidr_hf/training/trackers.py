@@ -1,14 +1,19 @@
 """Curves in TensorBoard, wandb and the like, beside `metrics.jsonl`."""
 
+import importlib.util
 import sys
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import accelerate.tracking
 from accelerate import Accelerator
 
+from ..system.errors import ConfigError
 from ..system.files import write_text
+from .planning import Line
 
 
 def start_trackers(
@@ -47,6 +52,22 @@ def start_trackers(
     accelerator.init_trackers(project or "spidr", config=config, init_kwargs=init)
 
 
+def check_tracker(tracker: str) -> None:
+    """Raises `ConfigError` where a tracker that is asked for is not installed."""
+    available = {str(known.value) for known in accelerate.tracking.get_available_trackers()}
+    if tracker in accelerate.tracking.LOGGER_TYPE_TO_CLASS and tracker not in available:
+        raise ConfigError(f"`run.tracker` is {tracker}, which is not installed: pip install {tracker}.")
+
+
+def plan(tracker: str) -> Iterator[Line]:
+    """Where curves will go. Raises `ConfigError` where they cannot."""
+    if tracker == "auto":
+        found = importlib.util.find_spec("tensorboard") is not None
+        tracker = "tensorboard" if found else "metrics.jsonl alone (pip install tensorboard for more)"
+    yield Line("curves", tracker)
+    check_tracker(tracker)
+
+
 def end_trackers() -> None:
     """Let a tracker end that has threads and processes of its own (wandb), once its run is finished.
 
@@ -65,4 +86,4 @@ def _tracker_id(folder: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-__all__ = ["end_trackers", "start_trackers"]
+__all__ = ["check_tracker", "end_trackers", "plan", "start_trackers"]

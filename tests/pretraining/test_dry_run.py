@@ -1,6 +1,5 @@
 """`pretrain.py --dry-run`: it finds what would fail, all of it, says what a run takes, and leaves nothing behind."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -10,13 +9,15 @@ import pytest
 import soundfile
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from runs import SCRIPT, finish, launch, load_script, rows, write_audio, write_config
+from runs import SCRIPT, finish, launch, load_script, pretrain_here, rows, write_audio, write_config
 
 from spidr_hf import SpidrConfig
 from spidr_hf.pretraining.config import load_config
-from spidr_hf.pretraining.dry_run import Plan, checkpoint_bytes
+from spidr_hf.pretraining.dry_run import published_times
+from spidr_hf.pretraining.memory import checkpoint_bytes
 from spidr_hf.system.errors import ConfigError
 from spidr_hf.system.processes import RunLock
+from spidr_hf.training.planning import Plan
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +94,7 @@ def test_checkpoint_of_spidr_base():
 
 
 def test_it_tells_every_problem(plan, monkeypatch, tmp_path):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find_spec(name, *a))
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
     _, printed, error = plan(
         *("--data.manifest", "/nowhere.csv", "--run.init_ckpt", "/nowhere.pt", "--run.tracker", "wandb"),
@@ -139,6 +139,32 @@ def test_files_that_cannot_be_read(plan, audio, tmp_path):
     assert "files tried cannot be used" in error
 
 
+def test_what_an_epoch_hears_of_long_recordings(plan, script, config, tmp_path, capsys):
+    """Said with advice, before and by the run itself; of utterances that are heard whole there is nothing to say."""
+    assert not any("an epoch hears" in note for note in plan("--data.max_sample_size", "10000")[0].notes)
+    (note,) = (note for note in plan("--data.max_sample_size", "6000")[0].notes if "an epoch hears" in note)
+    share = float(re.search(r"an epoch hears ([\d.]+)% of the audio: 15 recordings are longer", note)[1])
+    assert 60 < share < 90 and "(0.375 s)" in note and "raise `data.max_sample_size`" in note
+    options = ["--data.max_sample_size", "6000", "--optimizer.max_steps", "1"]
+    pretrain_here(config, tmp_path / "heard", *options)
+    assert note in capsys.readouterr().err
+
+
+def test_what_cannot_be_pushed(plan, monkeypatch):
+    """Nothing is made on the Hub by looking."""
+
+    class Stub:
+        def whoami(self):
+            raise OSError("Invalid user token.\nAnd more")
+
+    monkeypatch.setattr("spidr_hf.pretraining.hub_push.HfApi", Stub)
+    problem = "`run.push_to_hub` me/spidr: nothing can be pushed there (Invalid user token.)."
+    _, printed, error = plan("--run.push_to_hub", "me/spidr")
+    assert f"PROBLEM     {problem}" in printed and problem in error
+    monkeypatch.setattr(Stub, "whoami", lambda self: {"name": "me"})
+    assert "https://huggingface.co/me/spidr" in plan("--run.push_to_hub", "me/spidr")[1]
+
+
 def test_validation_sets(plan, audio, config):
     config.write_text(config.read_text() + f'\n[validation.dev]\nmanifest = "{audio}"\n')
     assert "dev: 20 utterances, phones not known" in plan()[1] and "examples/validate.py" in plan()[1]
@@ -178,14 +204,11 @@ def test_a_run_that_is_going_on(plan, tmp_path):
 def test_published_times(plan):
     """Of spidr-base alone; at the recipe's batch they are the paper's own."""
     assert "SpidR's own code" not in plan("--optimizer.dtype", "bfloat16")[1]
-    from spidr_hf.pretraining.dry_run import _published_line
-
     config = load_config(SCRIPT.parent / "configs" / "spidr-base-librispeech.toml")
     config.optimizer.gradient_accumulation_steps, config.data.max_batch_length = 1, 3_800_000
     config.optimizer.max_steps = 400_000
-    found = Plan()
-    _published_line(found, config)
-    assert found.lines[0][1].endswith("on as many GPUs: 23 h on A100, 15 h on H100")
+    (line,) = published_times(config)
+    assert line.text.endswith("on as many GPUs: 23 h on A100, 15 h on H100")
 
 
 @pytest.mark.slow

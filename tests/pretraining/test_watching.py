@@ -151,6 +151,34 @@ def test_a_hub_that_is_away_stops_nothing(config, tmp_path, hub, caplog):
     assert "Pushing 'The final model' to me/spidr failed: the Hub is away" in caplog.text
 
 
+def test_what_cannot_be_pushed_is_refused_before_anything_is_trained(config, tmp_path, hub, monkeypatch):
+    def refused(self, *_, **__):
+        raise ConnectionError("403 Forbidden: no right to write.\nRequest ID: 1")
+
+    monkeypatch.setattr(StubApi, "create_repo", refused)
+    with pytest.raises(ConfigError, match=r"`run\.push_to_hub` me/spidr: nothing can be pushed there \(403 Forbidden"):
+        pretrain_here(config, tmp_path / "run", "--run.push_to_hub", "me/spidr")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
+
+
+def test_a_resumed_run_does_not_depend_on_the_hub(config, tmp_path, hub, monkeypatch, caplog):
+    """It has been pushed to before: what fails for a while must not end a run of days."""
+    options = ["--run.push_to_hub", "me/spidr"]
+    pretrain_here(config, tmp_path / "run", *options, "--optimizer.max_steps", "3")
+    monkeypatch.setattr(StubApi, "create_repo", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("away")))
+    with caplog.at_level(logging.WARNING):
+        folder = pretrain_here(config, tmp_path / "run", *options)
+    assert len(rows(folder)) == 12 and "failed: away" in caplog.text
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_trained(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    for tracker in ("wandb", "trackio", "mlflow"):
+        with pytest.raises(ConfigError, match=f"`run.tracker` is {tracker}, which is not installed: pip install"):
+            pretrain_here(config, tmp_path / "run", "--run.tracker", tracker)
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_the_newest_waits(config, tmp_path, hub):
     """Uploads slower than training: what waits is replaced, and checkpoints may be removed meanwhile."""
     hub.gate.clear()
