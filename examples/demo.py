@@ -95,14 +95,11 @@ def split(manifest: Manifest) -> tuple[Manifest, Manifest]:
 
 
 def pretrain(run: Path, config: Path) -> None:
-    """`accelerate launch examples/pretrain.py`, as one would type it, in one process."""
+    """`python examples/pretrain.py`, as one would type it: one process needs no launcher."""
     arguments = ["examples/pretrain.py", "--config", str(config), "--output-dir", str(run)]
     arguments += ["--data.manifest", str(run / "data" / "train.csv")]
-    # Named, so that accelerate has no defaults to warn about.
-    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    print("accelerate launch", *arguments, flush=True)
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    result = subprocess.run([*launch, *options, *arguments], cwd=ROOT)
+    print("python", *arguments, flush=True)
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT)
     if result.returncode:
         sys.exit("Pretraining stopped early (see above). The same command continues it; --fresh begins anew.")
 

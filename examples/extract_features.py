@@ -16,7 +16,7 @@ layer's full output; the two differ by about 100 %). Layers above the highest as
 Dataset.from_item(ITEM, "OUT_DIR/6", frequency=50).
 
 Several GPUs or processes: accelerate launch --multi_gpu --num_processes N examples/extract_features.py ...
-(on CPUs with ACCELERATE_USE_CPU=true before it). Started again after an interruption, the same command goes on.
+(on CPUs with ACCELERATE_USE_CPU=true before it). Started again after an interruption, the same command resumes.
 
 A recording of more than --window-seconds is computed in overlapping windows, of which --context-seconds beside every
 neighbour are discarded; it is standardised whole.

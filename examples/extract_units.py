@@ -18,7 +18,7 @@ layer 6, or 5 for language models). Units are the argmax of the student's predic
 as Dataset.from_item_and_units(ITEM, "OUT_DIR/6/units.jsonl", 50) expects.
 
 Several GPUs or processes: accelerate launch --multi_gpu --num_processes N examples/extract_units.py ...
-(on CPUs with ACCELERATE_USE_CPU=true before it). Started again after an interruption, the same command goes on.
+(on CPUs with ACCELERATE_USE_CPU=true before it). Started again after an interruption, the same command resumes.
 
 A recording of more than --window-seconds is computed in overlapping windows, of which --context-seconds beside every
 neighbour are discarded; it is standardised whole.

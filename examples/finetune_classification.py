@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Labels of utterances or of frames, and speaker embeddings.
 
-    accelerate launch examples/finetune_classification.py MODEL DATA OUT_DIR --task utterance --column emotion \\
+    python examples/finetune_classification.py MODEL DATA OUT_DIR --task utterance --column emotion \\
         --valid DEV_DATA --labels labels.csv dev-labels.csv
 
     --task utterance   one label per utterance (keywords, emotions, languages, speakers): accuracy
@@ -13,7 +13,7 @@
                             pipeline("audio-classification", model=...)
     OUT_DIR/results.json    scores of the best step on the validation audio, and on what was held out
     OUT_DIR/metrics.jsonl   a row per logged step; curves.png draws them
-    OUT_DIR/checkpoints     to go on from: the same command continues at the very next batch
+    OUT_DIR/checkpoints     to resume from: the same command continues at the very next batch
 
 Labels of utterances are a column of a table (.jsonl, .csv, .tsv, with a column fileid or id), or without --labels of
 DATA itself. Phones are alignments (.jsonl, .TextGrid files or a folder of them, .ctm).

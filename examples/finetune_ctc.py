@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Speech recognition by CTC, on characters or phones.
 
-    accelerate launch examples/finetune_ctc.py MODEL DATA OUT_DIR --units phones \\
+    python examples/finetune_ctc.py MODEL DATA OUT_DIR --units phones \\
         --valid DEV_DATA --labels alignments.jsonl dev-alignments.jsonl
 
     OUT_DIR/final           the model with its processor, for pipeline("automatic-speech-recognition", model=...)
     OUT_DIR/results.json    error rates of the best step on the validation audio, and on what was held out
     OUT_DIR/metrics.jsonl   a row per logged step; curves.png draws them
-    OUT_DIR/checkpoints     to go on from: the same command continues at the very next batch
+    OUT_DIR/checkpoints     to resume from: the same command continues at the very next batch
 
 Labels. For phones: alignments (.jsonl, .TextGrid files or a folder of them, .ctm), whose silences are left out, or a
 table with phones between spaces. For characters: a table (.jsonl, .csv, .tsv) with a column fileid (or id) and one of

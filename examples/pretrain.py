@@ -2,7 +2,7 @@
 
 On a laptop (CPU or one GPU):
 
-    accelerate launch examples/pretrain.py --config examples/configs/demo.toml --output-dir runs/demo
+    python examples/pretrain.py --config examples/configs/demo.toml --output-dir runs/demo
 
 On one node with 8 GPUs:
 
@@ -15,7 +15,8 @@ On two nodes with 8 GPUs each, the same command on both (RANK 0 and 1, IP of the
     accelerate launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank RANK \\
         --main_process_ip IP --main_process_port 29500 examples/pretrain.py --config ... --output-dir ...
 
-examples/accelerate/ has all of this as files for --config_file, examples/slurm/ as SLURM jobs.
+examples/accelerate/ has all of this as files for --config_file, which also leaves the launcher nothing to warn about,
+examples/slurm/ as SLURM jobs. For one process, `accelerate launch --quiet` leaves an error at its one line.
 
 Several processes on CPUs (accelerate's --cpu starts one only):
 

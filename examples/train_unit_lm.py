@@ -6,7 +6,7 @@
     OUT_DIR/final           the model and its tokenizer: AutoModelForCausalLM and AutoTokenizer load it
     OUT_DIR/metrics.json    on the held-out units, in nats per unit: the model, unigrams and bigrams of the training
                             units; and how often the model prefers a held-out sequence to the same units shuffled
-    OUT_DIR/checkpoints     to go on from after an interruption: start the same command again
+    OUT_DIR/checkpoints     to resume from after an interruption: start the same command again
 
 Units are text to it ("17 203 5"). --deduplicate collapses repeats (usual for language models). The defaults train a
 Llama of 4.7 M parameters, in minutes on 2 CPU cores for a few hours of speech; on GPUs give more layers, and start it

@@ -18,7 +18,7 @@ units of each codebook's layer (with and without silence). The curves go to the 
 them beside training's), and to RUN_DIR/validation.png.
 
 Start it before, beside or after training, on another machine or in another job that sees the folder; stop it at any
-time. Started again it goes on with what is missing. A checkpoint that `run.keep_latest` deletes meanwhile is passed
+time. Started again it continues with what is missing. A checkpoint that `run.keep_latest` deletes meanwhile is passed
 over. With --watch it waits for a run that has not begun yet, and for one that was interrupted.
 """
 
@@ -42,7 +42,7 @@ from spidr_hf.training.schedules import DTYPES
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="the run's folder")
-    parser.add_argument("--watch", action="store_true", help="go on until the run has finished")
+    parser.add_argument("--watch", action="store_true", help="continue until the run has finished")
     parser.add_argument("--poll", type=float, default=30, metavar="SECONDS", help="how often to look (default: 30)")
     parser.add_argument("--data", metavar="DATA", help="validate on this instead of the config's data sets")
     parser.add_argument("--alignments", metavar="FILE", help="phones of --data (see evaluate_units.py)")

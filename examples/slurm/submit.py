@@ -7,7 +7,7 @@ A run's folder is OUTPUT_ROOT/<name of the config file without .toml>, where OUT
 config's `run.workdir`, else `runs`. Fields of the config can be set as for `pretrain.py`, then for all of them. The
 configs are read here first, so that a mistake in one is found before anything is submitted.
 
-The job is examples/slurm/pretrain.sbatch: it saves before the time limit, goes back into the queue, and goes on until
+The job is examples/slurm/pretrain.sbatch: it saves before the time limit, goes back into the queue, and resumes until
 the run is complete. Its output is in the run's folder (slurm-JOB.out). Submitting the same again continues a run; while
 it runs, the folder is locked.
 

@@ -221,8 +221,8 @@ class BucketSampler(Sampler[BatchKey]):
             for first in range(0, len(batches), self.batches_per_update):
                 last = first + self.batches_per_update >= len(batches)
                 following = Position(epoch + 1, 0) if last else Position(epoch, start + first + self.batches_per_update)
-                for turn in range(self.accumulation):
-                    index = first + turn * self.world_size + self.rank
+                for micro_batch in range(self.accumulation):
+                    index = first + micro_batch * self.world_size + self.rank
                     yield BatchKey(epoch, start + index, batches[index], following)
             epoch, start = epoch + 1, 0
 

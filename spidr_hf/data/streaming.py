@@ -331,7 +331,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         own = ((info.id if info else 0) + self.taken) % self.workers
         place = self.places[own]
         index, count = self.rank * self.workers + own, self.world_size * self.workers
-        return iter(Stream(self.source, self.builder, index, count, place and Place.of(place)))
+        return iter(Stream(self.source, self.builder, index, count, Place.of(place) if place else None))
 
 
 __all__ = ["Block", "Place", "Stream", "StreamedBatches", "StreamingSource", "can_stream", "open_stream"]

@@ -134,7 +134,7 @@ def _timing(
         since = _now(device)
         with learner.gradient_sync(True):
             output = learner(batch)
-            (output.loss * output.num_masked_frames).backward()
+            (output.loss * output.num_masked_frames).backward()  # type: ignore[operator]  # there is a loss
         middle = _now(device)
         statistics = model.reduce_statistics()
         learner.clip_gradients(world_size / statistics.num_masked_frames, config.optimizer.max_norm)

@@ -157,7 +157,9 @@ def make_data_loader(
     source: AudioSource | StreamedSource, *arguments: Any, **options: Any
 ) -> EpochLoader | StreamLoader:
     """The loader that fits the source."""
-    return (StreamLoader if isinstance(source, StreamedSource) else EpochLoader)(source, *arguments, **options)
+    if isinstance(source, StreamedSource):
+        return StreamLoader(source, *arguments, **options)
+    return EpochLoader(source, *arguments, **options)
 
 
 @dataclass(frozen=True)

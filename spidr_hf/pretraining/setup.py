@@ -153,7 +153,9 @@ class Learner:
         checkpoint: Checkpoint | None = None,
         compiled: Path | None = None,
     ):
-        self.model, self.notes = model, []
+        self.model = model
+        self.notes: list[str] = []
+        self._distributed: Any = None  # the model as the processes share it
         self._accelerator, self._seed = accelerator, config.run.random_seed
         self._precision, self._move = autocast(config, accelerator.device), BatchMover(accelerator.device)
         model.to(accelerator.device).train()
@@ -167,7 +169,8 @@ class Learner:
             shard(model, sharding)
             self.notes.append(f"The model lies in shards on {accelerator.num_processes} processes (FSDP2).")
         self.optimizer = make_optimizer(model, config.optimizer)
-        self.loss_scale = LossScale(config.optimizer.dtype == "float16", checkpoint and checkpoint.state.loss_scale)
+        scale = checkpoint.state.loss_scale if checkpoint else None
+        self.loss_scale = LossScale(config.optimizer.dtype == "float16", scale)
         if checkpoint:
             checkpoint.load_optimizer(self.optimizer, {p: name for name, p in model.named_parameters()})
         self._share()
@@ -204,11 +207,11 @@ class Learner:
         """Let go of the process group."""
         # DDP must not be the last to do so: it would wait, Python's lock in hand, for a thread of the group that wants
         # this lock.
-        self._distributed = self.model
+        self._distributed = None
         gc.collect()
 
     def _share(self) -> None:
-        self._distributed: nn.Module = self.model  # an earlier wrapping goes first
+        self._distributed = None  # an earlier wrapping goes first
         self._distributed = distribute(self.model, self._accelerator)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 

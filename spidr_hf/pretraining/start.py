@@ -104,9 +104,9 @@ def open_run(config: PretrainingConfig, output_dir: Path) -> Run | None:
     `system.errors` for what cannot be run.
     """
     check_tracker(config.run.tracker)
-    accelerator, notes = make_accelerator(config, output_dir)
+    accelerator, warnings = make_accelerator(config, output_dir)
     world_size, is_main = accelerator.num_processes, accelerator.is_main_process
-    notes += [*config.notes, small_batch_note(config, world_size)]
+    notes = [*warnings, *config.notes, small_batch_note(config, world_size)]
     if config.run.use_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

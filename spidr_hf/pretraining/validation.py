@@ -443,7 +443,7 @@ def _predicted_units(model: SpidrForPretraining) -> Outputs:
     first = model.config.first_codebook_layer
 
     def outputs(input_values: Tensor, attention_mask: Tensor | None) -> dict[int, Tensor]:
-        # Sharded parameters are gathered here, and training goes on with them.
+        # Sharded parameters are gathered here, and training continues with them.
         with torch.inference_mode(False), torch.no_grad():
             mask = None if attention_mask is None else attention_mask.clone()
             units = model(input_values.clone(), mask, output_predictions=True).log_probs.argmax(-1)

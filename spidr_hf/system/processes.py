@@ -90,7 +90,7 @@ def die_with_parent(number: int) -> None:
 def die_with_launcher() -> None:
     """When `accelerate launch` or `torchrun` dies, its processes get SIGTERM: they save and stop.
 
-    A process that was started by hand goes on without its shell, as always.
+    A process that was started by hand continues without its shell, as always.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         die_with_parent(signal.SIGTERM)
@@ -116,7 +116,7 @@ def contact_lost(error: RuntimeError) -> str | None:
         return None
     return (
         f"contact with the other processes is lost ({text[:300]}). Their output, or that of their machines, says why. "
-        "The same command goes on from the newest checkpoint."
+        "The same command resumes from the newest checkpoint."
     )
 
 

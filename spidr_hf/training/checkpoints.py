@@ -1,4 +1,4 @@
-"""What lets a run be killed at any moment and go on: checkpoints, the lock on its folder, signals.
+"""What lets a run be killed at any moment and resume: checkpoints, the lock on its folder, signals.
 
 A checkpoint is a folder `checkpoints/step_N` with the model (loadable by `from_pretrained`), the optimizer, and
 `trainer_state.json`, which also holds a checksum of every file. It is written under another name, synced, and renamed,
@@ -99,7 +99,7 @@ class Checkpoints:
         writes: only one process may; the others of a sharded model take part in `save` with what they hold.
         beside: texts of small files that every checkpoint gets, by their names: what else makes it a MODEL.
 
-    Writing happens in a thread while training goes on; its errors come out of `wait`.
+    Writing happens in a thread while training continues; its errors come out of `wait`.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Checkpoints:
         except Exception as error:  # safetensors' errors, for one, are neither OSError nor RuntimeError
             raise RunFolderError(
                 f"Cannot write a checkpoint into {self.folder}: {str(error) or repr(error)}. Once the cause is "
-                "removed, the same command goes on from the newest complete one."
+                "removed, the same command resumes from the newest complete one."
             ) from error
 
     def remove_partial(self) -> None:

@@ -5,7 +5,7 @@ groups are our own instead of those `Accelerator.prepare` makes, so that the tea
 and moves shard by shard, without communication. Codebooks and statistics are whole on every process, as with DDP.
 
 Parameters are gathered and gradients reduced in float32, autocast does the rest: the numbers are those of DDP.
-Checkpoints hold whole tensors, so that a run can go on with or without shards and on any number of processes.
+Checkpoints hold whole tensors, so that a run can resume with or without shards and on any number of processes.
 """
 
 import gc

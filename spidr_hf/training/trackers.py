@@ -27,7 +27,7 @@ def start_trackers(
     config: dict[str, Any] | None = None,
     step: int = 0,
 ) -> None:
-    """Begin the curves of a tracker, or go on with those of a run that is resumed.
+    """Begin the curves of a tracker, or continue those of a run that is resumed.
 
     Args:
         accelerator: made with `log_with`; nothing happens where that names none.

@@ -26,7 +26,7 @@ from .extractor import Extractor
 from .unit_files import FILE_KEYS, provenance_path, write_units
 
 LAYOUTS = ("plain", "discophon", "fastabx")
-# What a result depends on; anything else in a sidecar may differ between a file and the run that goes on with it.
+# What a result depends on; anything else in a sidecar may differ between a file and the run that resumes with it.
 _IDENTITY = (
     "sha256",
     "layer",

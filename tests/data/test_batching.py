@@ -65,9 +65,9 @@ def test_the_same_update_for_any_number_of_processes(world_size, accumulation):
     updates = ranks[0].updates_per_epoch() + 3
     keys = [list(islice(rank, updates * accumulation)) for rank in ranks]
     ours = [
-        keys[rank][update * accumulation + turn]
+        keys[rank][update * accumulation + micro_batch]
         for update in range(updates)
-        for turn in range(accumulation)
+        for micro_batch in range(accumulation)
         for rank in range(world_size)
     ]
     alone = list(islice(sampler(accumulation=4), updates * 4))

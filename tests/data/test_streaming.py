@@ -1,4 +1,4 @@
-"""Streamed data sets: every utterance once, batches that fit, and going on at the very next batch, bit for bit."""
+"""Streamed data sets: every utterance once, batches that fit, and resuming at the very next batch, bit for bit."""
 
 import io
 import json
@@ -142,7 +142,7 @@ def test_epochs_differ_and_seeds_do(folder):
     ("kind", "world_size", "workers"),
     [("parquet", 1, 0), ("parquet", 1, 3), ("parquet", 2, 2), ("parquet", 3, 0), ("arrow", 1, 0)],
 )
-def test_resuming_goes_on_at_the_very_next_batch(folder, saved, kind, world_size, workers):
+def test_resuming_continues_at_the_very_next_batch(folder, saved, kind, world_size, workers):
     """Within a block, at its ends, within and between shards, across epochs."""
     settings = config(folder if kind == "parquet" else saved, num_workers=workers)
     for rank in range(world_size):

@@ -146,7 +146,7 @@ def test_the_recipe_of_discophon():
     assert (data.num_buckets, data.bucket_method) == (5, "percentile")
     model = tiny_model(ema_start_decay=config.model.ema_start_decay, codebook_decay=config.model.codebook_decay)
     assert {model.teacher_decay(step) for step in (1, 10_000, 20_000)} == {1.0}
-    assert config.model.codebook_decay < 1  # codebooks go on learning
+    assert config.model.codebook_decay < 1  # codebooks keep learning
     shortest = min_samples(config.model)
     assert f"too short for two frames ({shortest} samples)" in header(FOLDER / "adapt-to-language.toml")
 

@@ -1,4 +1,4 @@
-"""`examples/pretrain.py` from end to end: it runs, and goes on where it was killed. (The rest with real processes.)"""
+"""`examples/pretrain.py` from end to end: it runs, and resumes where it was killed. (The rest with real processes.)"""
 
 import ast
 import json
@@ -202,7 +202,7 @@ def test_a_full_disk_under_the_final_save(pretrain, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_between_accumulated_batches(pretrain, monkeypatch, capsys, number):
-    """The update is made with all of its batches, then saved; the run goes on with the next one."""
+    """The update is made with all of its batches, then saved; the run resumes with the next one."""
     options = ["--optimizer.gradient_accumulation_steps", "3", "--optimizer.max_steps", "6"]
     expected = pretrain("whole", *options)
     getitem, count = PretrainingBatches.__getitem__, iter(range(1, 100))

@@ -62,7 +62,7 @@ def streamed(stored: Path, *options: str) -> list[str]:
     [[], ["--data.num_workers=2", "--optimizer.gradient_accumulation_steps=2"]],
     ids=["alone", "workers and accumulation"],
 )
-def test_a_streamed_run_goes_on_where_it_stopped(pretrain, stored, options):
+def test_a_streamed_run_resumes_where_it_stopped(pretrain, stored, options):
     whole = pretrain("whole", *streamed(stored, *options))
     for steps in ("5", "8", "12"):
         cut = pretrain("cut", *streamed(stored, *options, "--optimizer.max_steps", steps))
@@ -71,7 +71,7 @@ def test_a_streamed_run_goes_on_where_it_stopped(pretrain, stored, options):
 
 
 @pytest.mark.slow
-def test_a_streamed_run_of_two_processes_goes_on_where_it_stopped(audio, stored, tmp_path):
+def test_a_streamed_run_of_two_processes_resumes_where_it_stopped(audio, stored, tmp_path):
     config = write_config(tmp_path / "tiny.toml", audio)
     options = streamed(stored, "--data.num_workers=1")
     finish(launch(config, tmp_path / "whole", *options, processes=2))
@@ -91,7 +91,7 @@ def test_from_a_stream_to_its_download_and_back(pretrain, stored, capsys):
     assert [row["step"] for row in rows(folder)] == list(range(1, 9))
 
 
-def test_a_mixed_run_goes_on_where_it_stopped(pretrain, audio, tmp_path, capsys):
+def test_a_mixed_run_resumes_where_it_stopped(pretrain, audio, tmp_path, capsys):
     second = tmp_path / "second"
     second.mkdir()
     for path in sorted(audio.iterdir())[:6]:

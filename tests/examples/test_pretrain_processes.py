@@ -1,5 +1,5 @@
 """`examples/pretrain.py` as it is launched: how many processes share an update, and how, changes nothing but the speed;
-and what is killed goes on."""
+and what is killed resumes."""
 
 import os
 import signal
@@ -64,7 +64,7 @@ def test_two_processes_equal_one(config, tmp_path):
     finish(launch(config, tmp_path / "resumed", processes=2))
     assert_same_run(tmp_path / "resumed", tmp_path / "two")
 
-    # On one process it goes on in the order it had.
+    # On one process it resumes in the order it had.
     finish(launch(config, tmp_path / "moved", "--optimizer.max_steps", "6", processes=2))
     printed = finish(launch(config, tmp_path / "moved"))
     assert "Updates were made of 2 x 1 batches (processes x accumulation) and now are of 1 x 1" in printed
@@ -148,8 +148,8 @@ def test_a_second_interruption_ends_at_once(config, tmp_path):
 def test_processes_and_accumulated_batches_are_the_same(config, tmp_path):
     """1 process x 4 batches = 2 x 2 = 4 x 1, through the freeze."""
     for processes in (1, 2, 4):
-        turns = str(4 // processes)
-        options = ["--optimizer.max_steps", "10", "--optimizer.gradient_accumulation_steps", turns]
+        accumulation = str(4 // processes)
+        options = ["--optimizer.max_steps", "10", "--optimizer.gradient_accumulation_steps", accumulation]
         finish(launch(config, tmp_path / str(processes), *options, processes=processes))
         assert [row["world_size"] for row in rows(tmp_path / str(processes))] == [processes] * 10
     assert_close_runs(tmp_path / "2", tmp_path / "1")
@@ -157,7 +157,7 @@ def test_processes_and_accumulated_batches_are_the_same(config, tmp_path):
 
 
 def test_a_sharded_run_is_the_same_run(config, tmp_path):
-    """FSDP2 on two processes = DDP on them; each goes on where the other stopped."""
+    """FSDP2 on two processes = DDP on them; each resumes where the other stopped."""
     options = ["--optimizer.gradient_accumulation_steps", "2"]
     printed = finish(launch(config, tmp_path / "shards", *options, processes=2, sharded=True))
     assert "in shards" in printed and "FSDP2-wrapped" not in printed

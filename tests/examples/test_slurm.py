@@ -109,7 +109,7 @@ def wait_for_rows(folder: Path, count: int, seconds: float = PATIENCE) -> None:
 
 @pytest.mark.slow
 def test_a_run_through_cancellation_and_time_limit(cluster, tmp_path):
-    """Two nodes. Cancelled it saves; submitted again it goes on; before the time limit it saves and goes back into the
+    """Two nodes. Cancelled it saves; submitted again it resumes; before the time limit it saves and goes back into the
     queue; the same job then ends the run, with the losses of one never interrupted."""
     config = write_run(tmp_path / "files", run={"save_interval": 1000, "keep_latest": 2})
     longer = ["--optimizer.max_steps", str(STEPS)]
@@ -150,7 +150,7 @@ def test_a_run_through_cancellation_and_time_limit(cluster, tmp_path):
     assert_same_run(run, tmp_path / "whole")
 
 
-# In place of Python in the jobs: it prints its arguments. Training fails at once, or goes on until it is told to stop
+# In place of Python in the jobs: it prints its arguments. Training fails at once, or continues until it is told to stop
 # and is soon done when started again. Validation watches for longer than any test lasts.
 STAND_IN = f"""#!/bin/bash
 case "$*" in

@@ -114,7 +114,7 @@ def test_which_errors_mean_that_contact_is_lost():
     for error in (RuntimeError(gloo), dist.DistNetworkError("reset by\npeer"), dist.DistBackendError("NCCL error")):
         message = contact_lost(error)
         assert message.startswith("contact with the other processes is lost (") and "\n" not in message
-        assert "The same command goes on from the newest checkpoint." in message
+        assert "The same command resumes from the newest checkpoint." in message
     assert contact_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
@@ -155,7 +155,7 @@ def test_two_machines(machines, tmp_path):
         # The launcher of the process that was killed names the signal; the other machine's process has lost contact.
         assert whole_machine or "SIGKILL" in printed[rank]
         assert "error: contact with the other processes is lost (" in printed[1 - rank], printed[1 - rank]
-        assert "The same command goes on from the newest checkpoint." in printed[1 - rank]
+        assert "The same command resumes from the newest checkpoint." in printed[1 - rank]
     assert len(rows(folder)) < 60
     processes = start(machines, *arguments)
     for process in processes:

@@ -72,7 +72,7 @@ def test_the_plan(plan, config):
 
 
 def test_what_it_reckons_with_is_what_the_run_does(plan, script, config, tmp_path):
-    """Masked frames per update, size of a checkpoint; and where the run goes on."""
+    """Masked frames per update, size of a checkpoint; and where the run resumes."""
     found, printed, _ = plan("--run.save_interval", "5")
     script.pretrain(load_config(config, ["--run.save_interval", "5"]), tmp_path / "done")
     folder = tmp_path / "done" / "checkpoints" / "step_5"

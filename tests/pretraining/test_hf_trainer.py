@@ -168,12 +168,12 @@ trainer.train(resume_from_checkpoint=resume == "resume")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("turns", ["1", "3"])
-def test_two_processes(config_file, tmp_path, turns):
+@pytest.mark.parametrize("accumulation", ["1", "3"])
+def test_two_processes(config_file, tmp_path, accumulation):
     """As many as share an update: losses and state are those of the command with two, also after a resume."""
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
-    options = ["--optimizer.gradient_accumulation_steps", turns, "--optimizer.max_steps", "20"]
+    options = ["--optimizer.gradient_accumulation_steps", accumulation, "--optimizer.max_steps", "20"]
     options += ["--run.save_interval", "5", "--model.freeze_step", "100", "--data.num_workers", "1"]
     finish(launch(config_file, tmp_path / "command", *options, processes=2))
     for folder, resume, steps in (("whole", "begin", "20"), ("cut", "begin", "10"), ("cut", "resume", "20")):

@@ -428,7 +428,7 @@ def test_a_checkpoint_that_a_resumed_run_wrote_anew_is_validated_anew(run):
 
 
 def test_watching(run, config):
-    """It waits for a run that has not begun, goes on over an interruption and a longer config, and ends with it."""
+    """It waits for a run that has not begun, continues over an interruption and a longer config, and ends with it."""
     later = run.with_name("later")
     said: list[str] = []
 
@@ -448,7 +448,7 @@ def test_watching(run, config):
     time.sleep(0.1)
     (later / "checkpoints").mkdir(parents=True)
     text = (run / "config.toml").read_text()
-    # A run of 6 steps has finished; it was told to go on to 12 before this was seen.
+    # A run of 6 steps has finished; it was told to continue to 12 before this was seen.
     shutil.copytree(run / "checkpoints" / "step_3", later / "checkpoints" / "step_3")
     (later / "config.toml").write_text(text)
     wait_for(1)
@@ -498,7 +498,7 @@ def test_inline_validation_disturbs_nothing(pretrain, options):
     assert file.rows()[-2]["loss"] == pytest.approx(again["loss"], rel=1e-6)
 
 
-def test_inline_validation_goes_on_where_it_was_killed(pretrain, monkeypatch):
+def test_inline_validation_resumes_where_it_was_killed(pretrain, monkeypatch):
     inline = ["--run.validate_interval", "4", "--run.save_interval", "2"]
     expected = pretrain("whole", *inline)
     evaluate, count = ValidationSet.evaluate, iter(range(100))
@@ -519,7 +519,7 @@ def test_inline_validation_goes_on_where_it_was_killed(pretrain, monkeypatch):
     stopping = []
 
     def signalled(self, *arguments, **options):
-        if next(count) == 2:  # it goes on from step 2, validates 4 and begins with 8
+        if next(count) == 2:  # it resumes from step 2, validates 4 and begins with 8
             stopping.append(True)
         return evaluate(self, *arguments, **options)
 

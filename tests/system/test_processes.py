@@ -26,7 +26,7 @@ def refused(monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EIO])
 def test_a_disk_without_locks(tmp_path, refused, number, caplog, new_warnings):
-    """The folder of a run, the list of validations, and whoever looks whether a run goes on: warned about once."""
+    """The folder of a run, the list of validations, and whoever looks whether a run is going on: warned about once."""
     refused(number)
     for _ in range(2):
         RunLock(tmp_path, patience=0).release()

@@ -62,7 +62,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
 
 
 def test_a_checkpoint_is_of_the_moment_it_was_taken(tmp_path):
-    """Training goes on while it is written."""
+    """Training continues while it is written."""
     model, optimizer = model_and_optimizer()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     checkpoints = Checkpoints(tmp_path)
@@ -243,7 +243,7 @@ def test_a_disk_that_is_full_for_safetensors(tmp_path, small_files):
     model, optimizer = model_and_optimizer()
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(TrainerState(step=2), model, optimizer)
-    with pytest.raises(RunFolderError, match=r"Cannot write a checkpoint into .*too large.*the same command goes on"):
+    with pytest.raises(RunFolderError, match=r"Cannot write a checkpoint into .*too large.*the same command resumes"):
         checkpoints.wait()
     config = make_config({"run": {"model_type": "spidr"}, "data": {"manifest": "x"}})
     with pytest.raises(RunFolderError, match=r"Cannot write the model into .*too large.*the same command does so"):

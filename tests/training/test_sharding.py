@@ -35,8 +35,8 @@ def batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The `ACCUMULATION` batches of 4 rows of a step."""
     generator = torch.Generator().manual_seed(step)
     return [
-        (torch.randn(4, 6000, generator=generator), random_mask(4, 18, seed=10 * step + turn))
-        for turn in range(ACCUMULATION)
+        (torch.randn(4, 6000, generator=generator), random_mask(4, 18, seed=10 * step + micro_batch))
+        for micro_batch in range(ACCUMULATION)
     ]
 
 
@@ -44,8 +44,8 @@ def train(model, optimizer, steps, part: slice, world_size: int, save=lambda ste
     """Updates through the freeze, as `examples/pretrain.py` makes them."""
     log = []
     for step in steps:
-        for turn, (waveforms, mask) in enumerate(batches(step)):
-            with gradient_sync(model, turn == ACCUMULATION - 1):
+        for micro_batch, (waveforms, mask) in enumerate(batches(step)):
+            with gradient_sync(model, micro_batch == ACCUMULATION - 1):
                 output = model(waveforms[part], None, mask[part])
                 (output.loss * output.num_masked_frames).backward()
         statistics = model.reduce_statistics()
@@ -89,7 +89,7 @@ def worker(rank: int, folder: str, port: int, objective: str, options: dict) -> 
         save_final(whole, Path(folder, "final"), CONFIG, "")
     torch.save((whole.state_dict() if rank == 0 else None, log), Path(folder, f"{rank}.pt"))
 
-    # ... and goes on from a checkpoint.
+    # ... and resumes from a checkpoint.
     dist.barrier()
     model = new_model(objective)
     checkpoint = checkpoint_at(folder, RESUME)
@@ -141,7 +141,7 @@ def test_shards_equal_the_whole(objective, options, tmp_path):
     assert_close(state, alone.state_dict())
     assert_close(type(alone).from_pretrained(tmp_path / "final").state_dict(), alone.state_dict())
 
-    # A run with shards goes on from its own checkpoints bit for bit ...
+    # A run with shards resumes from its own checkpoints bit for bit ...
     for rank in (0, 1):
         resumed, resumed_log = torch.load(tmp_path / f"resumed_{rank}.pt")
         assert resumed_log == log[RESUME:]
