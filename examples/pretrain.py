@@ -72,18 +72,21 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML or JSON, SpidR's own included")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    parser.add_argument(
+        "--fresh", action="store_true", help="begin anew; what DIR has of an earlier run goes to DIR/earlier-1"
+    )
     args, overrides = parser.parse_known_args()
     with training_command():
         config = load_config(args.config, overrides)
         if args.dry_run:
-            dry_run(config, args.output_dir)
+            dry_run(config, args.output_dir, args.fresh)
         else:
-            pretrain(config, args.output_dir)
+            pretrain(config, args.output_dir, args.fresh)
 
 
-def pretrain(config: PretrainingConfig, output_dir: Path) -> None:
+def pretrain(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -> None:
     """The whole run: begin or resume, train, leave a model folder."""
-    run = open_run(config, output_dir)
+    run = open_run(config, output_dir, fresh)
     if run is None:  # it is complete
         return
     model, state, checkpoints = run.model, run.state, run.checkpoints

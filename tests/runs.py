@@ -97,12 +97,12 @@ def forget_processes() -> None:
     PartialState._reset_state()
 
 
-def pretrain_here(config: Path, folder: Path, *overrides: str) -> Path:
+def pretrain_here(config: Path, folder: Path, *overrides: str, fresh: bool = False) -> Path:
     """Run the command in this process; returns the run's folder."""
     handlers = {number: signal.getsignal(number) for number in STOPPING}
     forget_processes()
     try:
-        load_script().pretrain(load_config(config, overrides), folder)
+        load_script().pretrain(load_config(config, overrides), folder, fresh)
     finally:
         signal.alarm(0)
         for number, handler in handlers.items():

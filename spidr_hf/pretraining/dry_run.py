@@ -37,11 +37,12 @@ _PUBLISHED = {"A100": 23.0, "H100": 15.0}
 _PUBLISHED_STEPS, _PUBLISHED_SECONDS = 400_000, 237.5
 
 
-def dry_run(config: PretrainingConfig, output_dir: Path) -> Plan:
+def dry_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -> Plan:
     """Check a run and print its plan, from the first process; the others take part in the timed steps.
 
     Args:
         config, output_dir: those of the run.
+        fresh: whether it begins anew.
 
     Raises `ConfigError`, after the plan is printed, where the run would fail.
     """
@@ -49,9 +50,9 @@ def dry_run(config: PretrainingConfig, output_dir: Path) -> Plan:
     accelerator, notes = make_accelerator(config, output_dir)
     world_size, is_main = accelerator.num_processes, accelerator.is_main_process
     plan.notes += [note for note in (*notes, *config.notes, small_batch_note(config, world_size)) if note]
-    checkpoint = Checkpoints(output_dir / "checkpoints").newest()
-    model = source = batches = None
+    model = source = batches = checkpoint = None
     with plan.trying():
+        checkpoint = None if fresh else Checkpoints(output_dir / "checkpoints").newest()
         changes = start.config_changes(output_dir, config, checkpoint)
         plan.notes += [f"Changed since this run began: {change}" for change in changes]
         model, origin = start.make_model(config, checkpoint)

@@ -61,6 +61,7 @@ class Reporter(Observer):
             name=run.wandb_name,
             mode=run.wandb_mode,
             config=config.to_dict(),
+            step=state.step,
         )
         self._interval = config.run.log_interval
         self._file = MetricsFile(output_dir / "metrics.jsonl", state.step) if is_main else None

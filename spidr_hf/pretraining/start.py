@@ -24,13 +24,14 @@ from ..conversion.spidr_format import objective_of
 from ..conversion.tensors import check_tensors
 from ..data.open import open_source
 from ..data.sources import AudioSource, StreamedSource
+from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.spidr_names import architecture_differences, to_model_section
 from ..modeling_spidr import SpidrForPretraining
-from ..system.errors import ConfigError, RunFolderError
+from ..system.errors import ConfigError
 from ..system.fields import differences
 from ..system.files import write_text
-from ..system.processes import RunLock, gather_all, lock
-from ..training.checkpoints import MODEL_FILE, Checkpoint, Checkpoints, TrainerState
+from ..system.processes import RunLock, lock
+from ..training.checkpoints import MODEL_FILE, Checkpoint, Checkpoints, TrainerState, agree, set_aside
 from ..training.metrics import read_rows
 from ..training.planning import PROBLEM, Line, size
 from ..training.stopping import StopSignal
@@ -97,8 +98,12 @@ class Run:
         return final if finished else None
 
 
-def open_run(config: PretrainingConfig, output_dir: Path) -> Run | None:
+def open_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -> Run | None:
     """Processes, folder, audio and weights of a run that begins, or resumes from its newest checkpoint.
+
+    Args:
+        config, output_dir: what is asked for.
+        fresh: begin anew, whatever is there (`checkpoints.set_aside`).
 
     Returns None, and leaves the folder as it is, where the run is complete; a line says so. Raises an error of
     `system.errors` for what cannot be run.
@@ -110,12 +115,15 @@ def open_run(config: PretrainingConfig, output_dir: Path) -> Run | None:
     if config.run.use_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    checkpoints = Checkpoints(output_dir / "checkpoints", config.run.keep_latest, writes=is_main)
+    beside = {"preprocessor_config.json": SpidrFeatureExtractor(do_normalize=config.data.normalize).to_json_string()}
+    checkpoints = Checkpoints(output_dir / "checkpoints", config.run.keep_latest, writes=is_main, beside=beside)
     held = None
     # The first process takes the folder, the others then find everything there.
     with accelerator.main_process_first():
         if is_main:
             held = RunLock(output_dir)
+            if fresh and (earlier := set_aside(output_dir)):
+                notes.append(f"Beginning anew. What was there is in {earlier}.")
             checkpoints.remove_partial()
         checkpoint = checkpoints.newest()
         complete = complete_note(output_dir, config, checkpoint)
@@ -132,9 +140,7 @@ def open_run(config: PretrainingConfig, output_dir: Path) -> Run | None:
             held.release()
         accelerator.end_training()
         return None
-    found = gather_all([checkpoint.state.step if checkpoint else 0])
-    if len(set(found)) > 1:
-        raise RunFolderError(f"The processes find different checkpoints in {output_dir}: {found}. Do they share it?")
+    agree(checkpoint, output_dir)
     state = checkpoint.state if checkpoint else TrainerState(data=source.fingerprint)
     if checkpoint:
         notes += resume_notes(state, source.fingerprint, world_size, config.optimizer.gradient_accumulation_steps)

@@ -274,16 +274,16 @@ def _read_state(folder: Path) -> TrainerState:
 
     Raises `RunFolderError` for one of another version, and where the disk does not answer; other errors are damage.
     """
-    for turn in range(_READS):
+    for number in range(_READS):
         try:
             return _state_of(folder)
         except OSError as error:
             if error.errno is None or error.errno in _ABSENT:
                 raise
-            if turn == _READS - 1:
+            if number == _READS - 1:
                 raise RunFolderError(
                     f"{folder} cannot be read: {one_line(error)} ({_READS} times tried). Nothing was changed. The same "
-                    "command goes on once it can; with that folder moved away, from an older checkpoint."
+                    "command continues once it can; with that folder moved away, from an older checkpoint."
                 ) from error
             time.sleep(_PAUSE_SECONDS)
     raise AssertionError("there is at least one try")
@@ -298,7 +298,7 @@ def _state_of(folder: Path) -> TrainerState:
     if version != _VERSION or not known >= content.keys():
         what = f"format {shown(version)}" if version != _VERSION else f"with {shown(min(content.keys() - known))}"
         raise RunFolderError(
-            f"{folder} was written by another version of this package ({what}). Go on with that one, or {_BEGIN_ANEW}."
+            f"{folder} was written by another version of this package ({what}). Use that one, or {_BEGIN_ANEW}."
         )
     return TrainerState(**content)
 

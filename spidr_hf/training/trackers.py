@@ -35,7 +35,7 @@ def start_trackers(
         output_dir: the run's folder.
         project, name, mode: for trackers that have such things; by default "spidr" and the folder's name.
         config: what they show as the run's configuration.
-        step: where the run goes on. Of what an earlier start sent about later steps, TensorBoard shows nothing any
+        step: where the run resumes. Of what an earlier start sent about later steps, TensorBoard shows nothing any
             more; wandb keeps it, and passes over steps that it has.
     """
     if not accelerator.log_with or not accelerator.is_main_process:

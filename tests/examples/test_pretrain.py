@@ -45,7 +45,7 @@ def config(audio, tmp_path) -> Path:
 @pytest.fixture
 def pretrain(config, tmp_path):
     """`pretrain(name, *overrides)` runs it in this process, into a folder of that name, and returns the folder."""
-    return lambda name, *overrides: pretrain_here(config, tmp_path / name, *overrides)
+    return lambda name, *overrides, **options: pretrain_here(config, tmp_path / name, *overrides, **options)
 
 
 class Killed(BaseException):
@@ -450,6 +450,22 @@ def test_another_model_in_the_same_folder_is_refused(pretrain, capsys):
     pretrain("run", "--optimizer.max_steps", "4", "--optimizer.lr", "1e-3")
     printed = capsys.readouterr().err
     assert "Changed since this run began: optimizer.lr 0.002 -> 0.001" in printed and "Continuing from" in printed
+
+
+def test_beginning_anew(pretrain, tmp_path, capsys):
+    """Asked for, what was there is kept in a folder of its own; where nothing can be read, it has to be asked for."""
+    folder = pretrain("run", "--optimizer.max_steps", "3")
+    for file in (folder / "checkpoints").rglob("model.safetensors"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(RunFolderError, match=r"None of the checkpoints .* can be read .*--fresh"):
+        pretrain("run")
+    assert len(rows(folder)) == 3
+    capsys.readouterr()
+    pretrain("run", "--optimizer.max_steps", "4", fresh=True)
+    assert f"Beginning anew. What was there is in {folder / 'earlier-1'}." in capsys.readouterr().err
+    assert len(rows(folder)) == 4 and len(rows(folder / "earlier-1")) == 3
+    assert SpidrForPretraining.from_pretrained(folder / "checkpoints" / "step_4").current_step.item() == 4
+    SpidrFeatureExtractor.from_pretrained(folder / "checkpoints" / "step_4")
 
 
 def test_a_second_run_in_the_same_folder_is_refused(pretrain, tmp_path, monkeypatch):
