@@ -34,6 +34,15 @@ class KeepFloat32(nn.Module):
 class SpidrTeacher(KeepFloat32, SpidrEncoder):
     """The slowly moving copy of the encoder: always in eval mode, in float32, without gradients."""
 
+    def __init__(self, config: SpidrConfig):
+        # `from_config(dtype=...)` makes everything in the dtype of the student.
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            super().__init__(config)
+        finally:
+            torch.set_default_dtype(default)
+
     def train(self, mode: bool = True):
         return super().train(False)
 

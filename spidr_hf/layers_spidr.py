@@ -139,6 +139,15 @@ def _exact_conv1d(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dil
     return conv1d_channels_last(rows, weight, bias, stride)[:, :length].transpose(1, 2)
 
 
+def _settled(view: Tensor) -> Tensor:
+    """`view`; a copy where it is compiled for a CPU.
+
+    Views that the backward pass needs are put in order by their strides, and the compiler cannot tell whether a length
+    of floor divisions is above 0 ("cannot determine truth value of Relational").
+    """
+    return view.contiguous() if torch.compiler.is_compiling() and view.device.type == "cpu" else view
+
+
 class SpidrConvLayer(nn.Module):
     """Conv1d without padding, norm, activation (SPEC: feat_extract_norm)."""
 
@@ -195,7 +204,7 @@ class SpidrConvLayer(nn.Module):
             hidden_states = call(conv, hidden_states.transpose(1, 2), F.conv1d, _exact_conv1d)
             hidden_states = hidden_states.transpose(1, 2).contiguous()
         else:
-            hidden_states = conv(hidden_states.transpose(1, 2)).transpose(1, 2)
+            hidden_states = conv(_settled(hidden_states.transpose(1, 2))).transpose(1, 2)
         if self.fuses and kernels_run(hidden_states) and is_plain(norm) and is_untouched(self.activation):
             return norm_gelu(hidden_states, norm.weight, norm.bias, norm.eps)
         if self.norms_over_time:
@@ -317,10 +326,10 @@ class SpidrFeatureProjection(nn.Module):
 
 def _convolve_frames(conv: nn.Module, x: Tensor) -> Tensor:
     """Grouped convolution of B x T x H that keeps the length; an even kernel looks back one frame further."""
-    if is_plain(conv):
+    if is_plain(conv) and (plain_mode() or kernels_run(x)):
         return grouped_conv1d(x, conv.weight, conv.bias, conv.groups)
     x, length = x.transpose(1, 2), x.shape[1]
-    x = call(conv, x, F.conv1d, _conv1d_as_images) if plain_mode() else conv(x)
+    x = call(conv, x, F.conv1d, _conv1d_as_images) if plain_mode() else conv(_settled(x))
     return x[:, :, :length].transpose(1, 2)
 
 

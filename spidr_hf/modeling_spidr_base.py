@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import Wav2Vec2BaseModelOutput
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .codebooks_spidr import SpidrCodebooks, SpidrPredictionHeads
@@ -24,6 +25,8 @@ from .layers_spidr import (
     SpidrFeedForward,
     SpidrPositionalConvEmbedding,
 )
+
+logger = logging.get_logger(__name__)
 
 
 class SpidrPreTrainedModel(PreTrainedModel):
@@ -122,7 +125,7 @@ class SpidrPreTrainedModel(PreTrainedModel):
 
     def _get_feature_vector_attention_mask(self, feature_vector_length: int, attention_mask: Tensor) -> Tensor:
         """Attention mask over samples (B x S) -> bool mask over frames (B x `feature_vector_length`)."""
-        lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
+        lengths = self._get_feat_extract_output_lengths(valid_samples(attention_mask))
         return torch.arange(feature_vector_length, device=attention_mask.device) < lengths[:, None]
 
 
@@ -146,7 +149,7 @@ class SpidrModel(SpidrPreTrainedModel):
     ) -> tuple[Tensor, Tensor | None]:
         """Waveforms B x S -> (features B x T x conv_dim[-1], valid frames per row B or None when no row is padded).
 
-        Raises `ValueError` when the shapes disagree or a row is too short for one frame.
+        Raises `ValueError` when the shapes disagree, a row is too short for one frame or begins with padding.
         """
         if input_values.dim() != 2:
             raise ValueError(
@@ -165,7 +168,7 @@ class SpidrModel(SpidrPreTrainedModel):
                     f"`attention_mask` is over samples: expected shape {tuple(input_values.shape)}, got "
                     f"{tuple(attention_mask.shape)}."
                 )
-            lengths = attention_mask.sum(-1)
+            lengths = valid_samples(attention_mask)
             # Looking at the mask waits for the device. In training on one the collator knows, and leaves masks of
             # full batches out.
             if not torch.compiler.is_compiling() and (lengths.device.type == "cpu" or not self.training):
@@ -174,7 +177,10 @@ class SpidrModel(SpidrPreTrainedModel):
                     raise ValueError(
                         f"A row of the batch holds {shortest} samples: one frame needs {needed}. Leave it out."
                     )
-                lengths = None if shortest == samples else lengths
+                if shortest == samples:
+                    lengths = None
+                else:
+                    _check_padding(attention_mask, self.config.inputs_to_logits_ratio)
         features = self.feature_extractor(input_values.to(self._input_dtype()), lengths)
         return features, None if lengths is None else frame_lengths(self.config, lengths)
 
@@ -222,7 +228,7 @@ class SpidrModel(SpidrPreTrainedModel):
         """
         Args:
             input_values: B x S, standardised waveforms (16 kHz) as [`SpidrFeatureExtractor`] makes them.
-            attention_mask: B x S, 1 on audio and 0 on the padding at the end of a row.
+            attention_mask: B x S of any dtype, 1 on audio and 0 on the padding at the end of a row.
             mask_time_indices: B x T (bool), frames to replace by the mask embedding. Without it SpecAugment masks
                 frames during training (`apply_spec_augment`).
             output_hidden_states: also return the L + 1 hidden states: the encoder's input and every layer's output.
@@ -288,6 +294,27 @@ class SpidrModel(SpidrPreTrainedModel):
         return tuple(output.representations if before_residual else output.layer_outputs)
 
 
+def valid_samples(attention_mask: Tensor) -> Tensor:
+    """Samples of each row that are audio: B (int64), from a mask B x S of any dtype."""
+    return (attention_mask != 0).sum(-1)
+
+
+def _check_padding(attention_mask: Tensor, stride: int) -> None:
+    """Refuses rows that begin with padding (a frame's step or more), and warns of other padding before audio."""
+    is_audio = attention_mask != 0
+    if not (is_audio[:, 1:] & ~is_audio[:, :-1]).any():
+        return
+    if is_audio.to(torch.uint8).argmax(-1).max() >= stride:
+        raise ValueError(
+            "A row of the batch begins with padding, and models read a row's first samples: pad on the right "
+            "(`padding_side='right'`)."
+        )
+    logger.warning_once(
+        "`attention_mask` has padding before samples of audio: a row is read as its first samples, as many as the mask "
+        "has ones. Cut the audio itself."
+    )
+
+
 def frame_mask(lengths: Tensor | None, length: int) -> Tensor | None:
     """Valid frames per row (B) -> bool mask B x `length`; None stays None."""
     return None if lengths is None else torch.arange(length, device=lengths.device) < lengths[:, None]
@@ -322,4 +349,4 @@ def _default_init(module: nn.Linear | nn.Conv1d) -> None:
     _uniform_fan_in(module.bias, module.weight)
 
 
-__all__ = ["SpidrModel", "SpidrPreTrainedModel", "frame_mask", "span_mask"]
+__all__ = ["SpidrModel", "SpidrPreTrainedModel", "frame_mask", "span_mask", "valid_samples"]

@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_spidr import SpidrConfig
 from .layers_spidr import masked_var_mean
-from .modeling_spidr_base import SpidrModel, SpidrPreTrainedModel
+from .modeling_spidr_base import SpidrModel, SpidrPreTrainedModel, valid_samples
 
 IGNORED_LABEL = -100
 
@@ -147,7 +147,7 @@ class SpidrForCTC(SpidrHeadModel):
         if attention_mask is None:
             logit_lengths = torch.full(logits.shape[:1], logits.shape[1], device=logits.device)
         else:
-            logit_lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1)).clamp(min=0)
+            logit_lengths = self._get_feat_extract_output_lengths(valid_samples(attention_mask)).clamp(min=0)
         # Tokenizers pad with the blank, and a target never contains it.
         targets = (labels != IGNORED_LABEL) & (labels != blank)
         with torch.autocast(logits.device.type, enabled=False):
@@ -328,7 +328,7 @@ class SpidrForXVector(SpidrHeadModel):
         span = sum((k - 1) * d for k, d in zip(config.tdnn_kernel, config.tdnn_dilation, strict=True))
         shortest, lengths = length, None
         if attention_mask is not None:
-            lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
+            lengths = self._get_feat_extract_output_lengths(valid_samples(attention_mask))
             # As in the encoder: a look at the mask waits for the device.
             if not torch.compiler.is_compiling() and (lengths.device.type == "cpu" or not self.training):
                 shortest = int(lengths.min())

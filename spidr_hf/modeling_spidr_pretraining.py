@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .codebooks_spidr import (
@@ -23,6 +23,11 @@ from .codebooks_spidr import (
 from .configuration_spidr import SpidrConfig
 from .layers_spidr import SpidrEncoderOutput
 from .modeling_spidr_base import SpidrModel, SpidrPreTrainedModel, frame_mask
+
+logger = logging.get_logger(__name__)
+
+# Far more than anyone accumulates gradients over.
+FORWARDS_WITHOUT_UPDATE = 500
 
 
 @dataclass
@@ -156,6 +161,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         self.teacher = SpidrTeacher(config)
         self.register_buffer("current_step", torch.zeros(1, dtype=torch.int64))
         self._statistics: StatisticsBuffer | None = None
+        self._forwards = 0  # with gradients, since the last update
         self.post_init()
         self.teacher.eval()
         self._set_trainable()
@@ -236,6 +242,8 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
             with torch.no_grad():
                 predictions = log_probs.exp().mean(1)
         if self.training:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._count_forward()
             self._accumulate(labels, targets, layer_losses, predictions)
         return SpidrForPretrainingOutput(
             loss=layer_losses.mean(),
@@ -270,6 +278,15 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         labels = self.codebooks(self._targets(self.spidr.project(features), lengths, rows))
         return _fill_padding(labels.view(-1, batch, length).transpose(0, 1), frame_mask(lengths, length))
 
+    def _count_forward(self) -> None:
+        self._forwards += 1
+        if self._forwards == FORWARDS_WITHOUT_UPDATE:
+            logger.warning_once(
+                f"{self._forwards} forwards in training without `update_teacher`: the teacher, the codebooks and the "
+                "step stand still. With a Trainer, pass `callbacks=[SpidrTrainerCallback()]` (from spidr_hf); in a "
+                "loop of your own call `model.update_teacher(step)` after every `optimizer.step()`."
+            )
+
     def _accumulate(self, labels: Tensor, targets: Tensor, layer_losses: Tensor, predictions: Tensor) -> None:
         if self._statistics is None or self._statistics.flat.device != labels.device:
             self._statistics = StatisticsBuffer(self.config, labels.device)
@@ -287,6 +304,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
 
     def discard_statistics(self) -> None:
         """Forgets what was seen since the last update, for an update that is skipped."""
+        self._forwards = 0
         if self._statistics is not None:
             self._statistics.clear()
 
@@ -313,6 +331,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         """
         if step < 1:
             raise ValueError(f"Steps are counted from 1, got {step}.")
+        self._forwards = 0
         if self._statistics is not None and not self._statistics.empty:
             self._statistics.reduce()
             self.codebooks.update(self._statistics.counts, self._statistics.sums, where)

@@ -1,6 +1,8 @@
 """Fast forms against the obvious ones, padding, dtypes, gradients, and what training promises."""
 
 import copy
+import logging
+from collections.abc import Callable
 
 import pytest
 import reference
@@ -8,7 +10,7 @@ import torch
 from tiny import VARIANTS, random_mask, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForAudioTokenization, AutoModelForPreTraining
 
-from spidr_hf import SpidrForAudioTokenization, SpidrForPretraining, SpidrModel
+from spidr_hf import SpidrForAudioTokenization, SpidrForPretraining, SpidrModel, modeling_spidr_pretraining
 
 LENGTHS = (8000, 5000, 2411)
 
@@ -228,11 +230,28 @@ def test_a_dropped_layer_leaves_the_stream_but_still_predicts():
     assert len({x.sum().item() for x in output.representations}) == 4
 
 
-@pytest.mark.parametrize("how", ["autocast", "loaded", "moved"])
+def in_bfloat16(how: str) -> SpidrForPretraining:
+    """A new model that is made in bfloat16."""
+    config = tiny_config()
+    if how == "from_config":
+        return AutoModelForPreTraining.from_config(config, dtype=torch.bfloat16)
+    if how == "config.dtype":
+        config.dtype = torch.bfloat16
+        return AutoModelForPreTraining.from_config(config)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return SpidrForPretraining(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("how", ["autocast", "loaded", "moved", "from_config", "default dtype", "config.dtype"])
 def test_codebooks_and_targets_stay_float32(how, tmp_path):
     model = tiny_model()
     batch, mask = torch.stack(waveforms((6000, 6000))), random_mask(2, 18)
-    if how == "loaded":
+    if how in ("from_config", "default dtype", "config.dtype"):
+        model = in_bfloat16(how)
+    elif how == "loaded":
         model.save_pretrained(tmp_path)
         model = SpidrForPretraining.from_pretrained(tmp_path, dtype=torch.bfloat16)
     elif how == "moved":
@@ -241,7 +260,7 @@ def test_codebooks_and_targets_stay_float32(how, tmp_path):
     assert all(parameter.dtype == torch.float32 for parameter in model.teacher.parameters())
     assert model.current_step.dtype == torch.int64
     expected = tiny_model()
-    if how != "autocast":
+    if how in ("loaded", "moved"):
         assert torch.equal(model.codebooks.sums, expected.codebooks.sums)
         assert model.spidr.masked_spec_embed.dtype == torch.bfloat16
     model.train()
@@ -509,3 +528,53 @@ def test_base_model_size():
         sizes["teacher" if name.startswith("teacher.") else "student"] += parameter.numel()
     assert sizes["teacher"] / 1e6 == pytest.approx(88.5, abs=0.05)
     assert sizes["student"] / 1e6 == pytest.approx(94.7, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_masks_of_any_dtype_count_alike(dtype):
+    batch, mask = padded(waveforms((6003, 4111)))
+    model = tiny_model()
+    assert torch.equal(model.get_teacher_labels(batch, mask.to(dtype)), model.get_teacher_labels(batch, mask))
+    assert torch.equal(model.spidr(batch, mask.to(dtype))[0], model.spidr(batch, mask)[0])
+    frames = model._get_feature_vector_attention_mask(18, mask.to(dtype))
+    assert torch.equal(frames, model._get_feature_vector_attention_mask(18, mask))
+
+
+@pytest.fixture
+def said(caplog) -> Callable[[], list[str]]:
+    """The warnings so far, of this test alone."""
+    logging.Logger.warning_once.cache_clear()
+    return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_padding_stands_at_the_end(said):
+    model, (batch, mask) = tiny_model().spidr, padded(waveforms((6003, 4111)))
+    for training in (True, False):
+        with pytest.raises(ValueError, match="begins with padding"):
+            model.train(training)(batch.flip(1), mask.flip(1))
+    assert not said()
+    holes = mask.clone()
+    holes[1, 1000:1500] = 0
+    shorter = (torch.arange(batch.shape[1]) < holes.sum(-1, keepdim=True)).long()
+    for _ in range(2):
+        assert torch.equal(model(batch, holes)[0], model(batch, shorter)[0])
+    assert len(said()) == 1 and "padding before samples" in said()[0]
+
+
+def test_a_loop_that_forgets_the_teacher_is_told_once(said, monkeypatch):
+    assert modeling_spidr_pretraining.FORWARDS_WITHOUT_UPDATE == 500
+    monkeypatch.setattr(modeling_spidr_pretraining, "FORWARDS_WITHOUT_UPDATE", 4)
+    model, batch = tiny_model().train(), torch.randn(1, 2000)
+    for step in range(1, 4):
+        for _ in range(3):
+            model(batch)
+        model.update_teacher(step)
+    with torch.no_grad():
+        for _ in range(5):
+            model(batch)
+    model.eval()(batch)
+    assert not said()
+    for _ in range(9):
+        model.train()(batch)
+    assert len(said()) == 1 and "SpidrTrainerCallback" in said()[0] and "update_teacher" in said()[0]
