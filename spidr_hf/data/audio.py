@@ -81,6 +81,11 @@ class AudioFile:
     def __init__(self, source: Source, *, name: str | None = None, resample: bool = False):
         self.source, self.name, self.resample = source, _name(source, name), resample
 
+    @property
+    def num_samples(self) -> int:
+        """Samples at 16 kHz by the header. Raises `AudioError` as `read_info` does."""
+        return read_info(self.source, name=self.name, resample=self.resample).num_samples_16k
+
     def blocks(self) -> Iterator[np.ndarray]:
         """The samples from beginning to end, some at a time. Raises `AudioError` as `read_audio` does."""
         with _opened(self.source, self.name) as audio:

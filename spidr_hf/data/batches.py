@@ -8,6 +8,7 @@ process that asks for them, or on what was asked for before.
 
 import dataclasses
 import json
+import math
 import os
 import signal
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from ..configuration_spidr import SpidrConfig, frame_lengths, receptive_field
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..system.errors import AudioError
 from ..system.processes import die_with_parent
+from .audio import AudioFile
 from .batching import BatchKey, BucketSampler
 from .masking import masked_frames
 from .sections import DataSection, MaskingSection
@@ -32,10 +34,56 @@ from .sources import AudioSource, Skipped
 # What a random number is drawn for; part of its seed.
 _CROP, _MASK, _REPLACEMENT, _DROPOUT = range(4)
 _MAX_REPLACEMENTS = 100
+_LONG = 1 << 22  # samples: longer recordings (4.4 minutes) are not decoded whole where a crop of them is wanted
 # A decoder may count a few samples differently from the header; a file this much shorter is cut off.
 _SHORTER = 0.9
 # Below this many utterances a share says nothing.
 _MIN_TRIED = 20
+
+
+class LongRecording:
+    """An utterance like an array of its samples, of which only the slice that is asked for is decoded and kept.
+
+    Args:
+        file: the recording.
+        standardize: the whole of it is standardised: decoded once, block by block, for its mean and variance, as
+            `SpidrFeatureExtractor.standardize` has them. Otherwise its header alone is read.
+        known: length, mean and scale of an earlier time.
+    """
+
+    def __init__(self, file: AudioFile, standardize: bool, known: tuple[int, float, float] | None = None):
+        self._file = file
+        if known is None:
+            known = self._statistics() if standardize else (file.num_samples, 0.0, 1.0)
+        self.known, self._standardize = known, standardize
+
+    def __len__(self) -> int:
+        return self.known[0]
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        """Samples `start` to before `stop`. Raises `AudioError` where they cannot be decoded."""
+        start, stop, _ = place.indices(len(self))
+        part = self._file.part(start, stop)
+        _, mean, scale = self.known
+        return ((part - np.float64(mean)) * scale).astype(np.float32) if self._standardize else part
+
+    def _statistics(self) -> tuple[int, float, float]:
+        count, mean, squares = 0, 0.0, 0.0
+        for block in self._file.blocks():
+            if not len(block):
+                continue
+            centred = block.astype(np.float64)
+            own = float(centred.mean())
+            centred -= own
+            # Sums of blocks around their own means: nothing cancels, however long the recording.
+            total, apart = count + len(block), own - mean
+            squares += float(np.dot(centred, centred)) + apart * apart * count * len(block) / total
+            mean, count = mean + apart * len(block) / total, total
+        return count, mean, 1.0 / math.sqrt(squares / max(1, count) + SpidrFeatureExtractor().norm_eps)
+
+
+# What an utterance is until it is cropped.
+Waveform = np.ndarray | LongRecording
 
 
 @dataclass
@@ -78,6 +126,14 @@ class Batch:
         return dataclasses.replace(self, **{name: tensor.pin_memory() for name, tensor in self.inputs.items()})
 
 
+class CropError(Exception):
+    """The utterance at `place` of a batch cannot be decoded after all; `error` says why."""
+
+    def __init__(self, place: int, error: AudioError):
+        super().__init__(place, error)
+        self.place, self.error = place, error
+
+
 class BatchBuilder:
     """Waveforms to a batch: standardised, cropped or padded, masked.
 
@@ -96,31 +152,50 @@ class BatchBuilder:
         self.min_samples = max(data.min_sample_size, min_samples(model))
         self._standardize = SpidrFeatureExtractor().standardize if data.normalize else None
 
+    def is_long(self, expected: int) -> bool:
+        """Whether so little of an utterance of `expected` samples is heard that it should not be decoded whole."""
+        return expected > max(_LONG, self.data.max_sample_size)
+
+    def prepare_long(self, file: AudioFile, expected: int, fileid: str, known: Any = None) -> LongRecording:
+        """`prepare` of a recording that is never held whole; `known` is what an earlier one has found out."""
+        recording = LongRecording(file, self._standardize is not None, known)
+        self._check_length(len(recording), expected, fileid)
+        return recording
+
     def prepare(self, waveform: np.ndarray, expected: int, fileid: str) -> np.ndarray:
         """A whole utterance, standardised. Raises `AudioError` where much less is there than was expected."""
-        if len(waveform) < max(self.min_samples, _SHORTER * min(expected, self.data.max_sample_size)):
-            raise AudioError(
-                f"{fileid}: has {len(waveform)} samples at 16 kHz, {expected} were expected. It is cut off, or its "
-                "manifest is out of date."
-            )
+        self._check_length(len(waveform), expected, fileid)
         return waveform if self._standardize is None else self._standardize(waveform)
 
+    def _check_length(self, length: int, expected: int, fileid: str) -> None:
+        if length < max(self.min_samples, _SHORTER * min(expected, self.data.max_sample_size)):
+            raise AudioError(
+                f"{fileid}: has {length} samples at 16 kHz, {expected} were expected. It is cut off, or its "
+                "manifest is out of date."
+            )
+
     def build(
-        self, utterances: Sequence[tuple[tuple[int, ...], int, np.ndarray]], key: BatchKey, skipped: list[Skipped]
+        self, utterances: Sequence[tuple[tuple[int, ...], int, Waveform]], key: BatchKey, skipped: list[Skipped]
     ) -> Batch:
-        """The batch of (name, length that was reckoned with, prepared waveform); names seed the crops."""
+        """The batch of (name, length that was reckoned with, prepared waveform); names seed the crops.
+
+        Long recordings are decoded here: raises `CropError` where one of them cannot be.
+        """
         usable = [min(len(waveform), expected, self.data.max_sample_size) for _, expected, waveform in utterances]
         lengths = np.array(usable if self.data.enable_padding else [min(usable)] * len(usable))
         rows = torch.zeros(len(utterances), int(lengths.max()))
-        for row, length, (name, _, waveform) in zip(rows.numpy(), lengths, utterances, strict=True):
-            row[:length] = self.crop(waveform, int(length), key.epoch, name)
+        for place, (length, (name, _, waveform)) in enumerate(zip(lengths, utterances, strict=True)):
+            try:
+                rows.numpy()[place, :length] = self.crop(waveform, int(length), key.epoch, name)
+            except AudioError as error:
+                raise CropError(place, error) from error
         valid = torch.from_numpy(lengths)[:, None]
         attention_mask = torch.arange(rows.shape[1]) < valid if lengths.min() < lengths.max() else None
         frames = frame_lengths(self.model, torch.from_numpy(lengths)).numpy()
         mask = self._mask(frames, key)
         return Batch(rows, mask, attention_mask, key, int(lengths.sum()), skipped)
 
-    def crop(self, waveform: np.ndarray, length: int, epoch: int, name: tuple[int, ...]) -> np.ndarray:
+    def crop(self, waveform: Waveform, length: int, epoch: int, name: tuple[int, ...]) -> np.ndarray:
         """`length` samples of a waveform, from a place that depends on seed, epoch and the utterance's name."""
         spare = len(waveform) - length
         if spare == 0 or not self.data.rand_crop:
@@ -154,45 +229,65 @@ class PretrainingBatches(Dataset[Batch]):
         self.source = source
         self.seed = data.random_seed
         self.builder = BatchBuilder(data, masking, model, mask_seed)
+        self._known: dict[int, tuple[int, float, float]] = {}  # of long recordings that were decoded before
 
     def __getitem__(self, key: BatchKey) -> Batch:
         utterances, skipped = self._read(key.utterances)
-        if not utterances:
-            utterances, more = self._replace(key)
-            skipped += more
-        if not utterances:
+        # Every process must have a batch: where nothing of it can be used, one utterance takes its place.
+        batch = self._build(utterances, key, skipped) or self._replacement(key, skipped)
+        if batch is None:
             failure = f"{_MAX_REPLACEMENTS} utterances in a row cannot be used. The last: {skipped[-1].reason}"
             return empty_batch(key, skipped, failure)
-        return self.builder.build(utterances, key, skipped)
+        return batch
+
+    def _build(
+        self, utterances: list[tuple[tuple[int], int, Waveform]], key: BatchKey, skipped: list[Skipped]
+    ) -> Batch | None:
+        """The batch of what can be decoded to its end; the others join `skipped`. None where nothing is left."""
+        while utterances:
+            try:
+                return self.builder.build(utterances, key, skipped)
+            except CropError as failed:
+                (index,), *_ = utterances.pop(failed.place)
+                skipped.append(Skipped(self.source.fileid(index), str(failed.error)))
+        return None
 
     def _read(
         self, utterances: Sequence[int] | np.ndarray
-    ) -> tuple[list[tuple[tuple[int], int, np.ndarray]], list[Skipped]]:
+    ) -> tuple[list[tuple[tuple[int], int, Waveform]], list[Skipped]]:
         """(name, length, prepared waveform) of what can be read, and what cannot."""
         read, skipped = [], []
         for index in map(int, utterances):
             expected = int(self.source.num_samples[index])
             try:
-                waveform = self.builder.prepare(self.source.read(index), expected, self.source.fileid(index))
+                waveform = self._prepared(index, expected)
             except AudioError as error:
                 skipped.append(Skipped(self.source.fileid(index), str(error)))
             else:
                 read.append(((index,), expected, waveform))
         return read, skipped
 
-    def _replace(self, key: BatchKey) -> tuple[list[tuple[tuple[int], int, np.ndarray]], list[Skipped]]:
-        """One utterance in place of a batch of which nothing can be used: every process must have a batch."""
+    def _prepared(self, index: int, expected: int) -> Waveform:
+        fileid = self.source.fileid(index)
+        recording = getattr(self.source, "recording", None)
+        if recording is None or not self.builder.is_long(expected):
+            return self.builder.prepare(self.source.read(index), expected, fileid)
+        long = self.builder.prepare_long(recording(index), expected, fileid, self._known.get(index))
+        self._known[index] = long.known
+        return long
+
+    def _replacement(self, key: BatchKey, skipped: list[Skipped]) -> Batch | None:
+        """A batch of one utterance at random; what is tried in vain joins `skipped`."""
         rng = np.random.default_rng([self.seed, key.epoch, key.index, _REPLACEMENT])
-        skipped: list[Skipped] = []
         for _ in range(_MAX_REPLACEMENTS):
             index = int(rng.integers(len(self.source)))
             if self.source.num_samples[index] < self.builder.min_samples:
                 continue
             utterances, more = self._read([index])
-            if utterances:
-                return utterances, skipped
             skipped += more
-        return [], skipped
+            if batch := self._build(utterances, key, skipped):
+                return batch
+        return None
 
 
 class SkippedFiles:
@@ -320,8 +415,11 @@ def _start_worker(_: int) -> None:
 __all__ = [
     "Batch",
     "BatchBuilder",
+    "CropError",
+    "LongRecording",
     "PretrainingBatches",
     "SkippedFiles",
+    "Waveform",
     "dropout_seed",
     "empty_batch",
     "make_loader",

@@ -17,7 +17,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from ..system.errors import AudioError, ManifestError
-from .audio import read_audio, read_info
+from .audio import AudioFile, read_audio, read_info
 from .manifests import load_scan, save_scan
 from .sources import Skipped
 
@@ -107,6 +107,11 @@ class DatasetSource:
         """Waveform: S samples, float32, mono, 16 kHz. Raises `AudioError` where it cannot be had."""
         source, name = self._audio(int(self._rows[index]), self.fileid(index))
         return read_audio(source, name=name, resample=self.resample)
+
+    def recording(self, index: int) -> AudioFile:
+        """The same, to be decoded in parts."""
+        source, name = self._audio(int(self._rows[index]), self.fileid(index))
+        return AudioFile(source, name=name, resample=self.resample)
 
     def values(self, column: str) -> list[Any]:
         """A column's value of every utterance, in order; those of a `ClassLabel` column by name."""

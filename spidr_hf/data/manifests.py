@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..system.errors import AudioError, ManifestError
 from ..system.files import replaced_file
 from ..system.messages import shown
-from .audio import audio_suffixes, read_audio, read_info, read_window, unreadable_suffixes
+from .audio import AudioFile, Member, Source, audio_suffixes, read_audio, read_info, read_window, unreadable_suffixes
 from .containers import FileWindow, tar_members
 from .manifest_files import SCHEMA, read_csv, read_jsonl, read_tsv, rows_of, write_csv, write_jsonl
 from .sources import Skipped
@@ -99,6 +99,14 @@ class Manifest:
             name = self.describe(index)
             return read_window(self._resolve(archive), offset, size, name=name, resample=self.resample)
         return read_audio(self._resolve(self._value("path", index)), resample=self.resample)
+
+    def recording(self, index: int) -> AudioFile:
+        """The same, to be decoded in parts."""
+        if archive := self._archive(index):
+            place: Source = Member(str(self._resolve(archive)), int(self._offsets[index]), int(self._sizes[index]))
+        else:
+            place = self._resolve(self._value("path", index))
+        return AudioFile(place, name=self.describe(index), resample=self.resample)
 
     @property
     def fingerprint(self) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..configuration_spidr import SAMPLING_RATE
 from ..system.errors import ManifestError
+from .audio import AudioFile
 from .sources import AudioSource, Skipped
 
 
@@ -74,6 +75,11 @@ class MixedSource:
         """Waveform: S samples, float32, mono, 16 kHz. Raises `AudioError` where it cannot be had."""
         owner, inner = self._place(index)
         return self.sources[owner].read(inner)
+
+    def recording(self, index: int) -> AudioFile:
+        """The same, to be decoded in parts."""
+        owner, inner = self._place(index)
+        return self.sources[owner].recording(inner)
 
     def describe(self) -> list[str]:
         """A line for each source: its weight, and its share of the audio in an epoch."""

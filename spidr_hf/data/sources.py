@@ -5,6 +5,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from .audio import AudioFile
+
 
 class Skipped(NamedTuple):
     """An utterance that was left out, and why."""
@@ -36,6 +38,10 @@ class AudioSource(Protocol):
 
     def read(self, index: int) -> np.ndarray:
         """Waveform: S samples, float32, mono, 16 kHz. Raises `AudioError` where it cannot be had."""
+        ...
+
+    def recording(self, index: int) -> AudioFile:
+        """The same, to be decoded in parts: what pretraining asks for where it hears seconds of hours."""
         ...
 
 

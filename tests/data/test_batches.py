@@ -1,6 +1,8 @@
 """Batches: what is in them, that nothing but seed and names decides it, and what happens to audio that fails."""
 
 import json
+import tarfile
+import tracemalloc
 from itertools import islice
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from tiny import tiny_config
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
 from spidr_hf.data.batches import PretrainingBatches, SkippedFiles, dropout_seed, make_loader, make_sampler, min_samples
 from spidr_hf.data.batching import BatchKey, Position
-from spidr_hf.data.manifests import Manifest, scan_folder
+from spidr_hf.data.manifests import Manifest, scan_folder, scan_tar
 from spidr_hf.data.masking import frame_mask
+from spidr_hf.data.mixture import MixedSource
 from spidr_hf.data.sections import DataSection, MaskingSection
 from spidr_hf.data.sources import Skipped
 from spidr_hf.system.errors import AudioError
@@ -226,3 +229,71 @@ def test_too_many_skipped_files_stop_the_run(tmp_path):
 def test_dropout_seeds_name_the_batch():
     seeds = {dropout_seed(*arguments) for arguments in ((0, key()), (1, key()), (0, key(index=1)), (0, key(epoch=1)))}
     assert len(seeds) == 4 and dropout_seed(0, key()) == dropout_seed(0, key(3))
+
+
+@pytest.fixture(scope="module")
+def long_folder(tmp_path_factory) -> Path:
+    """Five minutes in every way that is decoded differently: with and without seeking, packed, resampled, stereo."""
+    folder = tmp_path_factory.mktemp("long")
+    rng = np.random.default_rng(0)
+    noise = np.float32(0.05) + np.repeat(0.1 * rng.standard_normal(1_600), 3_000).astype(np.float32)
+    noise *= np.linspace(0.1, 1, len(noise), dtype=np.float32)
+    for name, kind in {"a.wav": "FLOAT", "b.flac": "PCM_16", "c.wav": "GSM610"}.items():
+        soundfile.write(folder / name, noise, 16_000, kind)
+    soundfile.write(folder / "e.flac", np.stack([noise[::2], 0.5 * noise[::2]], axis=1), 8_000)
+    with tarfile.open(folder / "all.tar", "w") as archive:
+        archive.add(folder, "all", filter=lambda entry: None if entry.name.endswith(".tar") else entry)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "normalize"),
+    [("folder", True)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("folder", False), ("tar", True), ("mixture", True))],
+)
+def test_crops_of_long_recordings_are_those_of_the_whole(long_folder, kind, normalize):
+    if kind == "tar":
+        source = scan_tar(long_folder / "all.tar", resample=True, progress=False)
+    else:
+        source = scan_folder(long_folder, resample=True, progress=False)
+    source = MixedSource([source], ["a"]) if kind == "mixture" else source
+    assert len(source) == 4 and source.num_samples.min() >= 4_800_000
+    made = batches(source, normalize=normalize)
+    standardize = SpidrFeatureExtractor().standardize
+    wholes = [standardize(source.read(index)) if normalize else source.read(index) for index in range(4)]
+    for epoch in range(2):
+        batch = made[key(*range(4), epoch=epoch)]
+        assert batch.input_values.shape == (4, 12_000) and not batch.skipped
+        for index, row in enumerate(batch.input_values):
+            expected = made.builder.crop(wholes[index], 12_000, epoch, (index,))
+            np.testing.assert_allclose(row, expected, atol=3e-6 if normalize else 0)
+
+
+def test_a_crop_costs_no_more_than_a_crop(tmp_path):
+    """Half an hour is 115 MB as float32, and thrice that while it is standardised whole."""
+    with soundfile.SoundFile(tmp_path / "a.wav", "w", 16_000, 1, "PCM_16") as file:
+        for seed in range(30):
+            file.write(np.random.default_rng(seed).integers(-9_000, 9_000, 960_000, dtype=np.int16))
+    source = scan_folder(tmp_path, progress=False)
+    made = batches(source)
+    tracemalloc.start()
+    batch = made[key(0)]
+    assert tracemalloc.get_traced_memory()[1] < 40e6
+    tracemalloc.reset_peak()
+    made[key(0, epoch=1)]
+    assert tracemalloc.get_traced_memory()[1] < 2e6  # the second time, the crop is all that is decoded
+    tracemalloc.stop()
+    assert abs(float(batch.input_values.std()) - 1) < 0.05
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_long_recordings_that_fail_are_skipped_like_others(long_folder, tmp_path, normalize):
+    content = (long_folder / "b.flac").read_bytes()
+    (tmp_path / "bad.flac").write_bytes(content[:4_000] + bytes(len(content) - 4_000))
+    soundfile.write(tmp_path / "good.wav", 0.1 * np.random.default_rng(0).standard_normal(9_000), 16_000)
+    source = scan_folder(tmp_path, progress=False)
+    made = batches(source, normalize=normalize)
+    batch = made[key(0, 1)]
+    assert [entry.fileid for entry in batch.skipped] == ["bad"] and batch.input_values.shape == (1, 9_000)
+    alone = made[key(0)]
+    assert len(alone.input_values) == 1 and alone.skipped[0].fileid == "bad" and alone.failure is None
