@@ -75,12 +75,6 @@ def frame_mask(indices: np.ndarray, num_frames: int) -> np.ndarray:
     return mask
 
 
-def channel_mask(batch_size: int, num_channels: int, spans: SpanMask, rng: np.random.Generator) -> np.ndarray:
-    """Channels of the projected features to zero, in spans: bool B x C. (SpidR offers this and never applies it.)"""
-    indices = masked_frames(np.full(batch_size, num_channels), spans, rng)
-    return frame_mask(indices, num_channels)
-
-
 def span_mask(lengths: np.ndarray, spans: SpanMask, rng: np.random.Generator) -> np.ndarray:
     """Spans of every row before thinning: bool B x T, T the longest row. No row is without a masked frame."""
     lengths = np.asarray(lengths, dtype=np.int64)
@@ -178,4 +172,4 @@ def _cover(lengths: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.nda
     return steps.reshape(batch, longest + 1).cumsum(axis=1)[:, :longest] > 0
 
 
-__all__ = ["MIN_SPANS", "SELECTIONS", "SpanMask", "channel_mask", "frame_mask", "masked_frames", "span_mask"]
+__all__ = ["MIN_SPANS", "SELECTIONS", "SpanMask", "frame_mask", "masked_frames", "span_mask"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_masking import reference_span_mask, reference_thin
 
-from spidr_hf.data.masking import SpanMask, channel_mask, frame_mask, masked_frames, span_mask
+from spidr_hf.data.masking import SpanMask, frame_mask, masked_frames, span_mask
 
 OPTIONS = {
     "static": {},
@@ -109,12 +109,6 @@ def test_at_least_two_spans():
     spans = SpanMask(prob=0.01, length=2)
     starts = [span_mask(np.array([50]), spans, rng).sum() for _ in range(200)]
     assert min(starts) == 3 and max(starts) == 4  # two spans of 2, which may overlap by one frame
-
-
-def test_channel_masks():
-    mask = channel_mask(4, 32, SpanMask(prob=0.5, length=8), np.random.default_rng(0))
-    assert mask.shape == (4, 32) and mask.dtype == bool
-    assert len(set(mask.sum(axis=1))) == 1 and mask.any()
 
 
 @pytest.mark.parametrize(
