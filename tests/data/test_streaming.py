@@ -159,6 +159,17 @@ def test_resuming_continues_at_the_very_next_batch(folder, saved, kind, world_si
             assert_same(rest, whole[taken : taken + 5])
 
 
+def test_places_of_older_checkpoints_are_found(folder):
+    """They have `shards` under the name `turn`."""
+    (stream,) = streams(config(folder), 1)
+    whole = list(islice(stream, 20))
+    for taken in (7, 14):
+        place = dict(whole[taken - 1].place)
+        place["turn"] = place.pop("shards")
+        source, builder = stream.source, stream.builder
+        assert_same(list(islice(StreamedBatches(source, builder, taken=taken, places=[place]), 4)), whole[taken:][:4])
+
+
 def test_one_worker_is_no_worker(folder):
     assert_same(
         list(islice(loader(config(folder, num_workers=1)), 12)), list(islice(loader(config(folder, num_workers=0)), 12))

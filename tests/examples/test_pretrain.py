@@ -496,5 +496,9 @@ def test_the_command_says_what_is_wrong_in_one_line(config, tmp_path):
     command_line = [sys.executable, str(SCRIPT), "--config", str(config), "--output-dir", str(tmp_path / "run")]
     done = subprocess.run([*command_line, "--optimizer.lrr", "1"], capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.strip() == "error: Unknown field `optimizer.lrr`. Did you mean 'lr'?"
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--num_processes", "1"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run([*launcher, *command_line[1:], "--optimizer.lrr", "1"], capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.strip() == "error: Unknown field `optimizer.lrr`. Did you mean 'lr'?"
     done = subprocess.run([*command_line, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "gradient_accumulation_steps" in done.stdout

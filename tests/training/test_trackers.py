@@ -1,4 +1,4 @@
-"""Curves of a run that was killed and went on."""
+"""Curves of a run that was killed and resumed."""
 
 import pytest
 from accelerate import Accelerator
@@ -11,7 +11,7 @@ event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.ev
 
 
 def test_no_step_is_there_twice(tmp_path):
-    """It got to step 13, and goes on from its checkpoint of step 10."""
+    """It got to step 13, and resumes from its checkpoint of step 10."""
     forget_processes()
     for start, stop, value in ((0, 13, 1.0), (10, 20, 2.0)):
         project = ProjectConfiguration(project_dir=str(tmp_path), logging_dir=str(tmp_path))
