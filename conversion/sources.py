@@ -70,12 +70,12 @@ def find_source(source: str) -> Source:
         return _from_url(source)
     path = Path(source).expanduser()
     if path.is_file():
-        return Source(path, origin=path.name)
+        return Source(path, origin=shown(path.name))
     if path.is_dir() and (files := _checkpoints_in(path)):
         chosen = path / _DEFAULT_HUB_FILE if path / _DEFAULT_HUB_FILE in files else files[0]
         if len(files) > 1 and chosen.name != _DEFAULT_HUB_FILE:
             raise ConversionError(f"{path} holds several checkpoints; name one: {', '.join(map(str, files))}.")
-        return Source(chosen, origin=chosen.name)
+        return Source(chosen, origin=shown(chosen.name))
     hub_name = _HUB_NAME.fullmatch(source)
     if hub_name and not hub_name["repo"].endswith(_SUFFIXES) and not source.startswith("."):
         return _from_hub(hub_name["repo"], hub_name["file"])
@@ -158,7 +158,7 @@ def download(url: str, folder: Path | None = None) -> Path:
         raise ConversionError(f"{url} cannot be fetched: the server answers {error.code} {error.reason}.") from None
     except (OSError, http.client.HTTPException) as error:
         if path.is_file():
-            print(f"{url} cannot be reached ({error}); using the copy in {path}.", file=sys.stderr)
+            print(f"{url} cannot be reached ({one_line(error)}); using the copy in {shown(path)}.", file=sys.stderr)
             return path
         raise ConversionError(f"{url} cannot be fetched: {getattr(error, 'reason', error)}.") from None
     return path
@@ -168,7 +168,7 @@ def _tags(path: Path) -> dict[str, str]:
     """What the server called the file when it was fetched; nothing where that is lost."""
     try:
         stored = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return stored if isinstance(stored, dict) and all(isinstance(tag, str) for tag in stored.values()) else {}
 

@@ -160,6 +160,33 @@ def test_downloads_are_kept_and_checked(server: Server, capsys: pytest.CaptureFi
     assert {file.name for file in path.parent.iterdir()} == {"a.pt", "a.pt.tags.json"}
 
 
+def test_a_file_whose_name_has_line_ends(tmp_path: Path) -> None:
+    """Its card and its messages stay in one piece."""
+    path = tmp_path / "a\n---\n\x1b[31m.pt"
+    path.write_bytes(BARE)
+    (tmp_path / "config.json").write_bytes(CONFIG)
+    convert_checkpoint.convert(str(path), str(tmp_path / "o"))
+    assert r"`a\n---\n\x1b[31m.pt`" in (tmp_path / "o" / "README.md").read_text()
+
+
+def test_tags_that_were_lost_mean_fetching_again(server: Server) -> None:
+    server.files["/a.pt"] = b"one"
+    path = download(f"{server.url}/a.pt")
+    for tags in ("", "{", "[]", '{"If-None-Match": 5}', "[" * 100_000):
+        path.with_name("a.pt.tags.json").write_text(tags)
+        server.files["/a.pt"] = tags.encode()[:10] or b"none"
+        assert download(f"{server.url}/a.pt").read_bytes() == server.files["/a.pt"]
+
+
+def test_what_a_killed_download_left_is_removed(server: Server) -> None:
+    server.files["/a.pt"] = b"one"
+    path = download(f"{server.url}/a.pt")
+    left = path.with_name(".a.pt.abcdefgh.partial")
+    left.write_bytes(bytes(100))
+    download(f"{server.url}/a.pt")
+    assert not left.exists()
+
+
 def test_broken_downloads_leave_nothing(server: Server, tmp_path: Path) -> None:
     server.files["/a.pt"], server.cut = BARE, 1000
     with pytest.raises(ConversionError, match="the connection broke after"):
