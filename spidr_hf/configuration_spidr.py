@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-OBJECTIVES = ("spidr", "dinosr")
+from .objectives_spidr import objective_names
+
 _CHOICES = {
-    "objective": OBJECTIVES,
     "feat_extract_norm": ("layer", "group"),
     "ctc_loss_reduction": ("mean", "sum"),
     "hidden_act": tuple(ACT2FN),
@@ -246,7 +246,7 @@ class SpidrConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if self.vocab_size is not None and not _is_positive_integer(self.vocab_size):
             raise ValueError(f"`vocab_size` must be a positive integer or None, got {self.vocab_size!r}.")
-        for name, choices in _CHOICES.items():
+        for name, choices in {"objective": objective_names(), **_CHOICES}.items():
             value = getattr(self, name)
             if value not in choices:
                 nearest = get_close_matches(str(value), choices, n=1)

@@ -7,6 +7,7 @@ from pathlib import Path
 # Every file that the classes below need. They import each other flatly, so transformers finds them all.
 HUB_FILES = (
     "hub_spidr.py",
+    "objectives_spidr.py",
     "configuration_spidr.py",
     "feature_extraction_spidr.py",
     "triton_spidr.py",

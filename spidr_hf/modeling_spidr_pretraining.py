@@ -1,6 +1,5 @@
 """`SpidrForPretraining`, the objective of SpidR and DinoSR, and `SpidrForAudioTokenization`, its units."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +22,7 @@ from .codebooks_spidr import (
 from .configuration_spidr import SpidrConfig
 from .layers_spidr import SpidrEncoderOutput
 from .modeling_spidr_base import SpidrModel, SpidrPreTrainedModel, frame_mask
+from .objectives_spidr import get_objective
 
 logger = logging.get_logger(__name__)
 
@@ -84,16 +84,16 @@ class _CodebookPredictions:
         rows: Tensor | None = None,
     ) -> SpidrEncoderOutput:
         """Student encoder, with what the heads read at the frames `rows` and nothing that no one reads."""
-        spidr_objective = self.config.objective == "spidr"
+        own_layer = get_objective(self.config.objective).reads_own_layer
         return self.spidr(
             None,
             projected=hidden_states,
             mask_time_indices=mask,
             frame_mask=frame_mask(lengths, hidden_states.shape[1]),
-            first_representation=self.config.first_codebook_layer if spidr_objective else None,
+            first_representation=self.config.first_codebook_layer if own_layer else None,
             output_layers=output_hidden_states,
             output_attentions=output_attentions,
-            representation_only=spidr_objective and not output_hidden_states,
+            representation_only=own_layer and not output_hidden_states,
             last_rows=rows,
         )
 
@@ -104,7 +104,7 @@ class _CodebookPredictions:
             # The last layer's may be those rows already.
             return x.reshape(-1, x.shape[-1]) if rows is None or x.dim() == 2 else x.flatten(0, 1).index_select(0, rows)
 
-        if self.config.objective == "spidr":
+        if get_objective(self.config.objective).reads_own_layer:
             inputs = torch.stack([select(x) for x in output.representations])
         else:
             inputs = select(output.last_hidden_state)
@@ -178,7 +178,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
 
     def _set_trainable(self) -> None:
         self.teacher.requires_grad_(False)
-        if self.config.objective == "spidr":
+        if get_objective(self.config.objective).reads_own_layer:
             # Nothing reads the last layer's output, so its last norm would never see a gradient.
             encoder = self.spidr.encoder
             unread = encoder.layer_norm if self.config.do_stable_layer_norm else encoder.layers[-1].final_layer_norm
@@ -310,16 +310,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
 
     def teacher_decay(self, step: int) -> float:
         """Decay of the teacher after optimizer step `step`, counted from 1; at 1 the teacher stands still."""
-        config = self.config
-        if config.objective == "spidr":
-            rest = (1 - config.ema_start_decay) * math.exp(-step / config.ema_timescale)
-            return 1.0 if rest <= config.ema_threshold else 1 - rest
-        if step >= config.freeze_step:
-            return 1.0
-        if step >= config.ema_final_step:
-            return float(config.ema_final_decay)
-        share = step / config.ema_final_step
-        return config.ema_start_decay + (config.ema_final_decay - config.ema_start_decay) * share
+        return get_objective(self.config.objective).teacher_decay(self.config, step)
 
     @torch.no_grad()
     def update_teacher(self, step: int, where: Tensor | None = None) -> float:

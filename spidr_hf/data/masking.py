@@ -1,4 +1,4 @@
-"""Which frames the student does not see: span masks over time, and over channels.
+"""Which frames the student does not see: span masks over time.
 
 The spans are fairseq's, as SpidR and DinoSR use them (arXiv 2512.20308, arXiv 2305.10005): starts drawn without
 replacement, spans that may overlap, and every row thinned to the same number of masked frames. All rows of a batch are
@@ -18,7 +18,7 @@ class SpanMask(NamedTuple):
 
     Attributes:
         prob: share of the frames that spans would cover if they did not overlap.
-        length: length of a span in frames (or channels); its mean for `"normal"` and `"poisson"`.
+        length: length of a span in frames; its mean for `"normal"` and `"poisson"`.
         selection: `"static"`: every span has `length`; `"uniform"`: an integer in [other, 2 * length]; `"normal"`:
             max(1, round(N(length, other))); `"poisson"`: Poisson(length).
         other: second parameter of `"uniform"` and `"normal"`.

@@ -15,14 +15,13 @@ from huggingface_hub import ModelCardData
 
 from .. import __version__
 from ..configuration_spidr import SAMPLING_RATE, SpidrConfig, receptive_field
+from ..objectives_spidr import get_objective
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # In the repository the folder lies beside the package, in the wheel it is inside.
 CARDS = next(folder for root in (_PACKAGE, _PACKAGE.parent) if (folder := root / "model_cards").is_dir())
 
 _UNNAMED = "this-repository"
-_OBJECTIVES = {"spidr": "SpidR", "dinosr": "DinoSR"}
-_PAPERS = {"spidr": ["2512.20308"], "dinosr": ["2305.10005"]}
 # What a fine-tuned model is, by its task: the pipeline that takes it or else its Auto class, and what comes out.
 _HEADS: dict[str, dict[str, str]] = {
     "ctc": {"pipeline": "automatic-speech-recognition", "title": "Speech recognition ({units}, CTC)"},
@@ -58,7 +57,8 @@ def converted_card(
     if card:
         known |= {"language": card["language"], "datasets": card["datasets"], "license": card["license"]["id"]}
         known |= {f"license_{key}": card["license"][key] for key in ("name", "link") if key in card["license"]}
-    unknown = f"A {_OBJECTIVES[config.objective]} model converted from `{origin}`. Nothing else is known about it here."
+    title = get_objective(config.objective).title
+    unknown = f"A {title} model converted from `{origin}`. Nothing else is known about it here."
     return _render(
         config,
         _metadata(config, "feature-extraction", **known),
@@ -86,7 +86,7 @@ def trained_card(config: SpidrConfig, summary: str, training_toml: str, *, model
         config,
         _metadata(config, "feature-extraction", tags=_PRETRAINED),
         kind="trained",
-        title=f"A {_OBJECTIVES[config.objective]} model",
+        title=f"A {get_objective(config.objective).title} model",
         summary=summary,
         model_id=model_id or _UNNAMED,
         settings=training_toml,
@@ -133,6 +133,7 @@ def _metadata(config: SpidrConfig, pipeline_tag: str | None, tags: Sequence[str]
 
 
 def _render(config: SpidrConfig, metadata: str, *, papers: list[str] | None = None, **facts: Any) -> str:
+    papers = papers or list(get_objective(config.objective).papers)
     entries = (CARDS / "citations.bib").read_text(encoding="utf-8").strip().split("\n\n")
     text = _template().render(
         {"card": None, "origin": None, "update_count": 0, "head": None, "settings": None} | facts,
@@ -142,7 +143,7 @@ def _render(config: SpidrConfig, metadata: str, *, papers: list[str] | None = No
         receptive_field=receptive_field(config),
         advised_layer=min(6, config.num_hidden_layers),
         version=__version__,
-        citations=[entry for paper in papers or _PAPERS[config.objective] for entry in entries if paper in entry],
+        citations=[entry for paper in papers for entry in entries if paper in entry],
     )
     return text.rstrip() + "\n"
 

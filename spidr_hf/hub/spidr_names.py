@@ -7,7 +7,8 @@ from transformers. `to_spidr_config` goes from there to a `SpidrConfig`, `to_mod
 from difflib import get_close_matches
 from typing import Any
 
-from ..configuration_spidr import OBJECTIVES, SpidrConfig
+from ..configuration_spidr import SpidrConfig
+from ..objectives_spidr import fields_of_others, get_objective
 
 # SpidR's name -> ours, where one value is the other.
 SPIDR_FIELDS = {
@@ -49,12 +50,8 @@ ADAPT_FIELDS = (
     "supervised_languages",
     "adapt_heads",
 )
-# Fields that only SpidR's objective has; their presence in a config tells which objective it belongs to.
-SPIDR_ONLY_FIELDS = ("ema_timescale", "ema_threshold")
 # `extractor_mode` and `extractor_conv_layer_config` need more than a new name.
 MODEL_SECTION_FIELDS = ("extractor_mode", "extractor_conv_layer_config", *SPIDR_FIELDS)
-# Where the recipes differ from `SpidrConfig()` (SPEC: layer drop 0.05 belongs to DinoSR's).
-OBJECTIVE_DEFAULTS = {"spidr": {}, "dinosr": {"layerdrop": 0.05}}
 # Fields of how a model is trained, not of what it is: a checkpoint can be trained on with others.
 TRAINING_FIELDS = (
     "encoder_projection_dropout",
@@ -85,11 +82,9 @@ def to_spidr_config(model_section: dict[str, Any], objective: str) -> SpidrConfi
 
     Raises `ValueError` on unknown fields, naming the nearest known one, and on impossible values.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"The objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {objective!r}.")
-    values: dict[str, Any] = dict(OBJECTIVE_DEFAULTS[objective])
+    values: dict[str, Any] = dict(get_objective(objective).recipe)
     for name, value in model_section.items():
-        if name in ADAPT_FIELDS and objective == "spidr":
+        if name in ADAPT_FIELDS and objective == MODEL_TYPES["spidr_reset"]:
             continue
         if name not in MODEL_SECTION_FIELDS:
             nearest = get_close_matches(name, MODEL_SECTION_FIELDS, n=1, cutoff=0.5)
@@ -131,7 +126,7 @@ def to_model_section(config: SpidrConfig) -> dict[str, Any]:
         "extractor_conv_layer_config": [list(layer) for layer in layers],
     }
     for name, ours in SPIDR_FIELDS.items():
-        if name in SPIDR_ONLY_FIELDS and config.objective != "spidr":
+        if ours in fields_of_others(config.objective):
             continue
         value = getattr(config, ours)
         section[name] = list(value) if isinstance(value, tuple) else value
@@ -150,9 +145,7 @@ __all__ = [
     "EXTRACTOR_MODES",
     "MODEL_SECTION_FIELDS",
     "MODEL_TYPES",
-    "OBJECTIVE_DEFAULTS",
     "SPIDR_FIELDS",
-    "SPIDR_ONLY_FIELDS",
     "TRAINING_FIELDS",
     "architecture_differences",
     "to_model_section",

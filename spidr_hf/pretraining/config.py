@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..configuration_spidr import OBJECTIVES, SpidrConfig
+from ..configuration_spidr import SpidrConfig
 from ..data.open import is_streamable
 from ..data.sections import DataSection, MaskingSection
 from ..hub.spidr_names import (
@@ -23,10 +23,10 @@ from ..hub.spidr_names import (
     MODEL_SECTION_FIELDS,
     MODEL_TYPES,
     SPIDR_FIELDS,
-    SPIDR_ONLY_FIELDS,
     to_model_section,
     to_spidr_config,
 )
+from ..objectives_spidr import fields_of_others, objective_names, objective_with_fields
 from ..system.errors import ConfigError
 from ..system.fields import (
     NOT_NEGATIVE,
@@ -251,15 +251,14 @@ def make_config(sections: Mapping[str, Mapping[str, Any]]) -> PretrainingConfig:
     if "meta_update" in sections:
         run.active_forgetting |= _forgets(sections["meta_update"], built["optimizer"])
     if "model_type" not in sections.get("run", {}):
-        # SpidR's code falls back to dinosr, whose [model] has no such fields.
-        if any(name in model_section for name in SPIDR_ONLY_FIELDS):
-            run.model_type = "spidr"
+        # SpidR's code falls back to dinosr, whose [model] has no fields of its own.
+        run.model_type = objective_with_fields(SPIDR_FIELDS.get(name, "") for name in model_section) or run.model_type
         notes.append(f"`run.model_type` is not given: the objective is {run.model_type}.")
     run.model_type = MODEL_TYPES.get(run.model_type, run.model_type)
-    if run.model_type not in OBJECTIVES:
+    if run.model_type not in (known := objective_names()):
         raise ConfigError(
-            f"`run.model_type` must be one of {', '.join(map(repr, OBJECTIVES))}, got {run.model_type!r}."
-            f"{hint(run.model_type, OBJECTIVES)}"
+            f"`run.model_type` must be one of {', '.join(map(repr, known))}, got {run.model_type!r}."
+            f"{hint(run.model_type, known)}"
         )
     try:
         model = to_spidr_config(model_section, run.model_type)
@@ -413,8 +412,8 @@ def _without_meaning(sections: Mapping[str, Mapping[str, Any]], config: Pretrain
         if name in names
     ]
     ignored += [f"model.{name}" for name in ADAPT_FIELDS if name in sections.get("model", {})]
-    if config.model.objective == "dinosr":
-        ignored += [f"model.{name}" for name in SPIDR_ONLY_FIELDS if name in sections.get("model", {})]
+    of_others = fields_of_others(config.model.objective)
+    ignored += [f"model.{name}" for name in sections.get("model", {}) if SPIDR_FIELDS.get(name) in of_others]
     for name, values in sections.get("validation", {}).items():
         ignored += [f"validation.{name}.{field}" for field in values if field in _TRAINING_ONLY]
     return ignored

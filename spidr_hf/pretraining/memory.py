@@ -23,6 +23,7 @@ from ..configuration_spidr import SpidrConfig, frame_lengths
 from ..cpu_spidr import products_attend_faster
 from ..kernels_spidr import kernels_run
 from ..modeling_spidr import SpidrForPretraining
+from ..objectives_spidr import get_objective
 from ..training.checkpoints import Checkpoint
 from ..training.planning import NOTE, PROBLEM, Line, size
 from ..training.sharding import sharding_plugin
@@ -172,10 +173,11 @@ def training_memory(
 
     layer, end, by_row = _layer(config, rows, length, e, residual, cuda)
     # Of the last representation only the masked frames are computed, and nothing after it.
-    last = layer - end - (1 - masked_share) * by_row if config.objective == "spidr" else layer
+    own_layer = get_objective(config.objective).reads_own_layer
+    last = layer - end - (1 - masked_share) * by_row if own_layer else layer
     layers = (config.num_hidden_layers - 1) * layer + last
     codebooks, codewords = config.num_codebooks, config.codebook_size
-    read = codebooks if config.objective == "spidr" else 1
+    read = codebooks if own_layer else 1
     representations = read * masked * width * e
     objective = representations + codebooks * masked * (4 * codewords + 8)
     # Until the forward pass returns there are the targets too, and the predictions that perplexity is computed from.

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, SequenceFeatureExtractor
 
 from ..configuration_spidr import SpidrConfig, frame_lengths, receptive_field
 from ..data.sources import AudioSource, Skipped
+from ..objectives_spidr import get_objective
 from ..system.errors import AudioError, NonFiniteError
 
 WINDOW_SECONDS = 60.0
@@ -104,7 +105,7 @@ def _logits(model: PreTrainedModel, layers: Sequence[int]) -> Outputs:
     config = model.config
 
     def outputs(input_values: Tensor, attention_mask: Tensor | None) -> dict[int, Tensor]:
-        if config.objective == "spidr":
+        if get_objective(config.objective).reads_own_layer:
             inputs = model.base_model.get_intermediate_outputs(input_values, attention_mask, num_layers=layers[-1])
         else:
             inputs = [model.base_model(input_values, attention_mask).last_hidden_state] * layers[-1]
