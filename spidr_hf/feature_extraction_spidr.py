@@ -97,9 +97,9 @@ class SpidrFeatureExtractor(SequenceFeatureExtractor):
 
         Args:
             raw_speech (`np.ndarray`, `torch.Tensor`, `list`):
-                One mono waveform (1-D array or tensor, list of floats), or a batch of them (2-D array or tensor of
-                shape B x S, list of waveforms of any lengths). Floats are taken as they are; integer PCM of 8, 16 or
-                32 bits is scaled to [-1, 1).
+                One mono waveform (1-D array or tensor, list of floats; also samples x 1), or a batch of them (2-D
+                array or tensor of shape B x S, list of waveforms of any lengths). Floats are taken as they are;
+                integer PCM of 8, 16 or 32 bits is scaled to [-1, 1).
             padding (`bool`, `str` or `PaddingStrategy`, *optional*, defaults to `False`):
                 `True` or `"longest"` pads to the longest utterance, `"max_length"` to `max_length` samples.
             max_length (`int`, *optional*):
@@ -208,6 +208,8 @@ def _as_utterances(raw_speech: Any) -> Sequence[Any]:
                 "channel or average them."
             )
         rows, columns = raw_speech.shape
+        if columns == 1 < rows:
+            return [raw_speech]  # samples x one channel
         if rows > columns and 0 < columns <= _MAX_CHANNELS:
             raise ValueError(
                 f"An array of shape {(rows, columns)} looks like samples x channels, where a 2-D array is a batch "
@@ -242,11 +244,29 @@ def _as_floats(utterance: Any, position: int) -> np.ndarray:
         waveform = np.asarray(utterance, dtype=object)
     if waveform.size == 0:
         raise ValueError(f"Utterance {position} is empty (shape {waveform.shape}): leave it out.")
+    if waveform.ndim == 2 and 1 in waveform.shape:
+        waveform = waveform.reshape(-1)  # one channel
     if waveform.ndim != 1 or waveform.dtype == object:
         raise ValueError(
             f"Utterance {position} must be mono audio of shape (samples,), got {waveform.shape}: keep one channel or "
             "average them."
         )
+    waveform = scale_pcm(waveform, f"Utterance {position}")
+    finite = np.isfinite(waveform)
+    if not finite.all():
+        raise ValueError(
+            f"Utterance {position} has non-finite samples (NaN or infinity), the first at sample {finite.argmin()}: "
+            "repair the recording or leave it out."
+        )
+    return waveform
+
+
+def scale_pcm(waveform: np.ndarray, name: str) -> np.ndarray:
+    """Samples of any shape as floats: integer PCM of 8, 16 or 32 bits, of either byte order, scaled to [-1, 1).
+
+    Raises `ValueError`, naming the audio, for values of a kind whose scale is unknown.
+    """
+    waveform = waveform.astype(waveform.dtype.newbyteorder("="), copy=False)
     if waveform.dtype in _PCM:
         scale, silence = _PCM[waveform.dtype]
         # float64 holds every int32, float32 every int16
@@ -254,14 +274,8 @@ def _as_floats(utterance: Any, position: int) -> np.ndarray:
         return (samples - silence) / scale
     if not np.issubdtype(waveform.dtype, np.floating):
         raise ValueError(
-            f"Utterance {position} has values of type {waveform.dtype}, whose scale is unknown: pass floats in [-1, 1) "
-            "or PCM of 16 or 32 bits, for example `np.asarray(audio, dtype=np.int16)`."
-        )
-    finite = np.isfinite(waveform)
-    if not finite.all():
-        raise ValueError(
-            f"Utterance {position} has non-finite samples (NaN or infinity), the first at sample {finite.argmin()}: "
-            "repair the recording or leave it out."
+            f"{name} has values of type {waveform.dtype}, whose scale is unknown: pass floats in [-1, 1) or PCM of 16 "
+            "or 32 bits, for example `np.asarray(audio, dtype=np.int16)`."
         )
     return waveform
 
@@ -284,4 +298,4 @@ def _not_audio(what: str, value: Any) -> str:
     return f"{what} is a {type(value).__name__}, expected an array, a tensor or a list of floats: pass {hint}."
 
 
-__all__ = ["SpidrFeatureExtractor"]
+__all__ = ["SpidrFeatureExtractor", "scale_pcm"]

@@ -41,6 +41,8 @@ class SpidrPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    # Names of weights that the checkpoint lacked, which are random.
+    missing_weights: frozenset[str] = frozenset()
     # A pretraining checkpoint opened as another class leaves these behind without a warning.
     _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^heads\.", r"^codebooks\.", r"^current_step$"]
 
@@ -105,9 +107,11 @@ class SpidrPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._set_trainable()
-        return loaded
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model._set_trainable()
+        model.missing_weights = frozenset(info["missing_keys"])
+        return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, is_main_process: bool = True, **kwargs):
         """Saves weights and config as always, and beside them the code files that let the folder load anywhere."""

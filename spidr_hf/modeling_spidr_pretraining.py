@@ -322,7 +322,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         """
         if step < 1:
             raise ValueError(f"Steps are counted from 1, got {step}.")
-        self._forwards = 0
+        self._forwards, self.missing_weights = 0, frozenset()
         if self._statistics is not None and not self._statistics.empty:
             self._statistics.reduce()
             self.codebooks.update(self._statistics.counts, self._statistics.sums, where)

@@ -260,3 +260,23 @@ def test_goes_into_the_processor_of_transformers(tmp_path):
     collated = processor.pad(features, padding=True, return_tensors="pt")
     torch.testing.assert_close(collated["input_values"], batch["input_values"], rtol=0, atol=0)
     assert collated["attention_mask"].sum(-1).tolist() == [1000, 900]
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.int32, np.float32])
+def test_either_byte_order_is_read(kind):
+    rng = np.random.default_rng(0)
+    audio = rng.normal(0, 0.1, 1000)
+    audio = (audio if kind is np.float32 else audio * np.iinfo(kind).max).astype(kind)
+    extract = SpidrFeatureExtractor()
+    expected = extract(audio, sampling_rate=16_000)["input_values"]
+    swapped = audio.astype(audio.dtype.newbyteorder())
+    assert np.array_equal(extract(swapped, sampling_rate=16_000)["input_values"], expected)
+
+
+def test_one_channel_is_mono_however_it_lies():
+    audio = np.random.default_rng(0).normal(0, 0.1, 1000).astype(np.float32)
+    extract = SpidrFeatureExtractor()
+    expected = extract(audio, sampling_rate=16_000)["input_values"][0]
+    for given in (audio[None], audio[:, None], [audio[None]], [audio[:, None]]):
+        (got,) = extract(given, sampling_rate=16_000)["input_values"]
+        assert np.array_equal(got, expected)

@@ -11,6 +11,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
 from ..data.audio import read_audio, resample_audio
+from ..feature_extraction_spidr import scale_pcm
 from ..system.errors import AudioError
 from .extractor import CONTEXT_SECONDS, WINDOW_SECONDS, Extractor, unit_layers, unit_outputs
 from .unit_files import deduplicate as collapse_repeats
@@ -34,9 +35,9 @@ class SpeechToUnitsPipeline(Pipeline):
     pipe(dataset["audio"], batch_size=8)                       # a column of a data set
     ```
 
-    An input is a file (path or content), a mono array of samples at 16 kHz, a dictionary with `array` (or `raw`) and
-    `sampling_rate`, one with `path` or `bytes` (`Audio(decode=False)`), or what `Audio()` decodes to. Generators and
-    torch data sets give an iterator.
+    An input is a file (path, content or open binary file), a mono array of samples at 16 kHz, a dictionary with
+    `array` (or `raw`) and `sampling_rate`, one with `path` or `bytes` (`Audio(decode=False)`), or what `Audio()`
+    decodes to. Generators and torch data sets give an iterator.
 
     Sampling rates: an array alone counts as 16 kHz. Files and dictionaries say their rate; where it is another, the
     audio is resampled to 16 kHz (soxr), with one warning. Channels of files are averaged; arrays must be
@@ -44,7 +45,7 @@ class SpeechToUnitsPipeline(Pipeline):
 
     Args:
         layer: Layer whose units are wanted, counted from 1; 6 by default, or the last one of a model without a codebook
-            there.
+            there. Of several, `layer=[5, 6]`, each result is `{5: {"units": ...}, 6: {"units": ...}}`, in one pass.
         deduplicate: Collapse repeats. `durations` are in frames of 20 ms; without it they are all 1.
         batch_size: Recordings read at a time. Units do not depend on it.
         window_seconds, context_seconds: How recordings longer than a window are computed (see `extraction`).
@@ -59,11 +60,16 @@ class SpeechToUnitsPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if self.feature_extractor is None:
             raise ValueError("The pipeline needs the model's feature extractor: pass `feature_extractor=`.")
-        unit_layers(self.model.config, [self._layer(self._forward_params.get("layer"))])
+        unit_layers(self.model.config, self._layers(self._forward_params.get("layer")))
+        if missing := sorted(name for name in self.model.missing_weights if name.startswith("heads.")):
+            raise ValueError(
+                f"The model {self.model.name_or_path} lacks weights that predict units, for example {missing[0]}: it "
+                "is not a pretraining checkpoint, or not the whole of one."
+            )
 
     def _sanitize_parameters(
         self,
-        layer: int | None = None,
+        layer: int | Sequence[int] | None = None,
         deduplicate: bool | None = None,
         window_seconds: float | None = None,
         context_seconds: float | None = None,
@@ -91,8 +97,15 @@ class SpeechToUnitsPipeline(Pipeline):
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ) -> Iterator[dict[str, list[int]]]:
+        position = 0
         for batch in _batched(inputs, batch_size):
-            waveforms = [self.preprocess(item, **preprocess_params) for item in batch]
+            waveforms = []
+            for item in batch:
+                try:
+                    waveforms.append(self.preprocess(item, **preprocess_params))
+                except ValueError as error:
+                    raise type(error)(f"Input {position}: {error}") from error
+                position += 1
             for units in self._forward(waveforms, **forward_params):
                 yield self.postprocess(units, **postprocess_params)
 
@@ -102,35 +115,43 @@ class SpeechToUnitsPipeline(Pipeline):
         waveform, sampling_rate = _waveform(inputs, rate)
         if sampling_rate != rate:
             logger.warning_once(f"Audio of {sampling_rate} Hz is resampled to {rate} Hz.")
-            waveform = resample_audio(np.asarray(waveform, dtype=np.float32), int(sampling_rate))
-        return self._extractor().standardize(waveform)
+            waveform = resample_audio(scale_pcm(waveform, "The audio").astype(np.float32), int(sampling_rate))
+        return self._extractor(self._layers(None)).standardize(waveform)
 
     def _forward(
         self,
         waveforms: Sequence[np.ndarray],
-        layer: int | None = None,
+        layer: int | Sequence[int] | None = None,
         window_seconds: float = WINDOW_SECONDS,
         context_seconds: float = CONTEXT_SECONDS,
-    ) -> list[torch.Tensor]:
-        layer = self._layer(layer)
-        results = self._extractor(layer, window=window_seconds, context=context_seconds)(waveforms)
-        return [result[layer] for result in results]
+    ) -> list[torch.Tensor] | list[dict[int, torch.Tensor]]:
+        layers = self._layers(layer)
+        results = self._extractor(layers, window=window_seconds, context=context_seconds)(waveforms)
+        if layer is None or isinstance(layer, int):
+            return [result[layers[0]] for result in results]
+        return [{number: result[number] for number in layers} for result in results]
 
-    def postprocess(self, units: torch.Tensor, deduplicate: bool = False) -> dict[str, list[int]]:
-        """Units of T frames as lists, with their durations in frames."""
+    def postprocess(self, units: torch.Tensor | dict[int, torch.Tensor], deduplicate: bool = False) -> dict:
+        """Units of T frames as lists, with their durations in frames; of several layers by layer."""
+        if isinstance(units, dict):
+            return {layer: self.postprocess(of_layer, deduplicate) for layer, of_layer in units.items()}
         if deduplicate:
             kept, durations = collapse_repeats(units)
         else:
             kept, durations = units.tolist(), [1] * len(units)
         return {"units": kept, "durations": durations}
 
-    def _layer(self, layer: int | None) -> int:
-        if layer is not None:
-            return layer
-        return _PAPER_LAYER if _PAPER_LAYER in unit_layers(self.model.config) else self.model.config.num_hidden_layers
+    def _layers(self, layer: int | Sequence[int] | None) -> list[int]:
+        if layer is None:
+            last = self.model.config.num_hidden_layers
+            return [_PAPER_LAYER if _PAPER_LAYER in unit_layers(self.model.config) else last]
+        layers = [layer] if isinstance(layer, int) else list(layer)
+        if not layers:
+            raise ValueError("`layer` is an empty list: name a layer, or leave it out.")
+        return layers
 
-    def _extractor(self, layer: int | None = None, **options: float) -> Extractor:
-        outputs = unit_outputs(self.model, [self._layer(layer)])
+    def _extractor(self, layers: Sequence[int], **options: float) -> Extractor:
+        outputs = unit_outputs(self.model, layers)
         return Extractor(self.model, self.feature_extractor, outputs, **options)
 
 
@@ -151,12 +172,16 @@ def _waveform(inputs: Any, rate: int) -> tuple[np.ndarray, int]:
         if inputs.get("sampling_rate") is None:
             raise ValueError("A dictionary with `array` needs its `sampling_rate`, too.")
         return _mono(samples), int(inputs["sampling_rate"])
-    if isinstance(inputs, (str, Path, bytes)):
+    if isinstance(inputs, (str, Path, bytes, bytearray, memoryview)) or hasattr(inputs, "read"):
         return _read(inputs), rate
     return _mono(inputs), rate
 
 
-def _read(source: str | Path | bytes) -> np.ndarray:
+def _read(source: Any) -> np.ndarray:
+    if not isinstance(source, (str, Path)):
+        source = source.read() if hasattr(source, "read") else bytes(source)
+        if not isinstance(source, bytes):
+            raise ValueError("The file is open as text: open it in binary mode, `open(path, 'rb')`.")
     try:
         return read_audio(source)
     except AudioError:
@@ -166,7 +191,12 @@ def _read(source: str | Path | bytes) -> np.ndarray:
 
 
 def _mono(samples: Any) -> np.ndarray:
-    waveform = samples.detach().cpu().numpy() if isinstance(samples, torch.Tensor) else np.asarray(samples)
+    if isinstance(samples, torch.Tensor):
+        samples = samples.detach().cpu()
+        samples = samples.float() if samples.dtype == torch.bfloat16 else samples  # numpy knows no bfloat16
+    waveform = np.asarray(samples)
+    if waveform.ndim == 2 and 1 in waveform.shape:
+        waveform = waveform.reshape(-1)
     if waveform.ndim != 1:
         raise ValueError(
             f"Audio must be mono, of shape (samples,), got {waveform.shape}: average its channels, and pass several "

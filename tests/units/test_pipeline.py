@@ -1,13 +1,15 @@
 """`pipeline("speech-to-units")` on everything that audio comes as."""
 
+import io
+
 import numpy as np
 import pytest
 import soundfile
 import torch
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 from transformers import pipeline
 
-from spidr_hf import SpeechToUnitsPipeline, SpidrFeatureExtractor, SpidrForAudioTokenization
+from spidr_hf import SpeechToUnitsPipeline, SpidrFeatureExtractor, SpidrForAudioTokenization, SpidrForCTC, SpidrModel
 from spidr_hf.units.unit_files import predict_units
 
 
@@ -47,6 +49,13 @@ def test_one_recording(pipe, waveforms, expected, tmp_path):
         str(tmp_path / "a.wav"),
         tmp_path / "a.wav",
         (tmp_path / "a.wav").read_bytes(),
+        bytearray((tmp_path / "a.wav").read_bytes()),
+        memoryview((tmp_path / "a.wav").read_bytes()),
+        io.BytesIO((tmp_path / "a.wav").read_bytes()),
+        waveforms[0][None],
+        waveforms[0][:, None],
+        {"array": waveforms[0][None], "sampling_rate": 16_000},
+        waveforms[0].astype(">f4"),
         {"path": str(tmp_path / "a.wav"), "bytes": None},
     ):
         result = pipe(item)
@@ -126,9 +135,50 @@ def test_bad_input(pipe, folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             pipe(item)
+    for kind in (np.int64, np.uint16, bool):
+        for rate in (16_000, 8_000):
+            with pytest.raises(ValueError, match="scale is unknown"):
+                pipe({"array": np.ones(16_000, dtype=kind), "sampling_rate": rate})
+    with open(__file__) as file, pytest.raises(ValueError, match="binary mode"):
+        pipe(file)
+    good = np.zeros(1000, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"^Input 2: .*too short"):
+        pipe([good, good, good[:100], good], batch_size=2)
+    with pytest.raises(ValueError, match="empty list"):
+        pipe(good, layer=[])
     with pytest.raises(ValueError, match="Layer 1 has no codebook"):
         pipe(np.zeros(800, dtype=np.float32), layer=1)
     with pytest.raises(ValueError, match="Layer 9 has no codebook"):
         pipeline("speech-to-units", model=str(folder), layer=9, device="cpu")
     with pytest.raises(TypeError, match="'beams'"):
         pipe(np.zeros(800, dtype=np.float32), beams=3)
+
+
+@pytest.mark.parametrize("rate", [16_000, 8_000])
+def test_integer_pcm_is_scaled_alike_at_every_rate(pipe, waveforms, rate):
+    pcm = (waveforms[1] * 20_000).clip(-32768, 32767).astype(np.int16)
+    expected = pipe({"array": pcm / np.float32(32768), "sampling_rate": rate})
+    for array in (pcm, pcm.astype(">i2"), pcm.astype(np.int32) << 16, torch.from_numpy(pcm)):
+        assert pipe({"array": array, "sampling_rate": rate}) == expected
+
+
+def test_several_layers_in_one_pass(folder, waveforms, monkeypatch):
+    pipe = pipeline("speech-to-units", model=str(folder), layer=[4, 3], device="cpu")
+    expected = {layer: pipe(waveforms[0], layer=layer) for layer in (3, 4)}
+    passes, forward = [], pipe.model.base_model.feature_extractor.forward
+    monkeypatch.setattr(
+        pipe.model.base_model.feature_extractor, "forward", lambda *args: passes.append(1) or forward(*args)
+    )
+    assert pipe(waveforms[0]) == expected and len(passes) == 1
+    assert pipe([waveforms[0]], deduplicate=True)[0][3]["durations"] != expected[3]["durations"]
+    assert pipe(waveforms[0], layer=[3]) == {3: expected[3]}
+
+
+@pytest.mark.parametrize("model_class", [SpidrModel, SpidrForCTC])
+def test_weights_that_predict_no_units_are_refused(model_class, tmp_path):
+    torch.manual_seed(0)
+    model_class(tiny_config(vocab_size=9)).save_pretrained(tmp_path)
+    SpidrFeatureExtractor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks weights.*heads\.") as caught:
+        pipeline("speech-to-units", model=str(tmp_path), device="cpu")
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
