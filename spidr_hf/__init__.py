@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForAudioXVector,
     AutoModelForCTC,
     AutoModelForPreTraining,
+    AutoProcessor,
 )
 
 from .modeling_spidr import (
@@ -39,6 +40,8 @@ if (_ROOT / "conversion" / "convert_checkpoint.py").exists():
 
 AutoConfig.register(SpidrConfig.model_type, SpidrConfig)
 AutoFeatureExtractor.register(SpidrConfig, SpidrFeatureExtractor)
+# Of folders without a tokenizer: AutoProcessor would go through all kinds, and ask whether to run their code.
+AutoProcessor.register(SpidrConfig, SpidrFeatureExtractor)
 for _auto_class, _model_class in (
     (AutoModel, SpidrModel),
     (AutoModelForPreTraining, SpidrForPretraining),

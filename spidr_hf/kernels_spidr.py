@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Each copy of this file (the package's, one per repository of remote code) registers operators of its own.
-_NAMESPACE = re.sub(r"\W+", "_", __name__)
+# Their namespaces are ASCII, the names of repositories and folders need not be.
+_NAMESPACE = re.sub(r"\W+", "_", re.sub(r"[^\x00-\x7f]", lambda letter: f"u{ord(letter[0]):x}", __name__))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Programs of the kernels that sum over rows: enough for any GPU, and the same on all, so that sums are too.
 _PROGRAMS = 528

@@ -6,7 +6,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from transformers import AutoFeatureExtractor, Wav2Vec2CTCTokenizer, Wav2Vec2Processor
+from tiny import tiny_config
+from transformers import AutoFeatureExtractor, AutoProcessor, Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 from transformers.utils.logging import get_logger
 
 from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrModel
@@ -280,3 +281,16 @@ def test_one_channel_is_mono_however_it_lies():
     for given in (audio[None], audio[:, None], [audio[None]], [audio[:, None]]):
         (got,) = extract(given, sampling_rate=16_000)["input_values"]
         assert np.array_equal(got, expected)
+
+
+def test_auto_processor_asks_nothing(tmp_path, monkeypatch):
+    """The folder holds remote code, which nobody needs where the package is imported."""
+
+    def ask(*_):
+        raise AssertionError("asked whether to run custom code")
+
+    monkeypatch.setattr("builtins.input", ask)
+    SpidrModel(tiny_config()).save_pretrained(tmp_path)
+    SpidrFeatureExtractor(norm_eps=1e-3).save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert type(processor) is SpidrFeatureExtractor and processor.norm_eps == 1e-3

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_config
 
 import spidr_hf
 from spidr_hf import (
@@ -183,3 +184,21 @@ def test_the_code_imports_nothing_of_the_package_but_what_travels():
                 assert words[1].removeprefix(".") in siblings and words[2] == "import", f"{name}: {line}"
             elif line.startswith(("import ", "from ")):
                 assert words[1].partition(".")[0] in allowed, f"{name}: {line}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["français", "日本語", "a b.c-d"])
+def test_folders_of_any_name_hold_remote_code(name, tmp_path):
+    SpidrModel(tiny_config()).save_pretrained(tmp_path / name)
+    script = """if True:
+        import sys
+        sys.modules["spidr_hf"] = None
+        from transformers import AutoModel
+        model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules.")
+    """
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / name], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -3,7 +3,7 @@
 `make_trainer` puts one together from a run's configuration; its losses are those of `examples/pretrain.py`:
 
 ```python
-from spidr_hf.data.datasets_source import open_data
+from spidr_hf.data.open import open_data
 from spidr_hf.pretraining.config import load_config
 from spidr_hf.pretraining.hf_trainer import make_trainer
 
