@@ -17,6 +17,7 @@ Dataset.from_item(ITEM, "OUT_DIR/6", frequency=50).
 
 Several GPUs or processes: accelerate launch --multi_gpu --num_processes N examples/extract_features.py ...
 (on CPUs with ACCELERATE_USE_CPU=true before it). Started again after an interruption, the same command resumes.
+As several jobs: --shard 1/8 to --shard 8/8, or a SLURM job array (examples/slurm/extract.sbatch).
 
 A recording of more than --window-seconds is computed in overlapping windows, of which --context-seconds beside every
 neighbour are discarded; it is standardised whole.

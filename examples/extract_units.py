@@ -19,6 +19,7 @@ as Dataset.from_item_and_units(ITEM, "OUT_DIR/6/units.jsonl", 50) expects.
 
 Several GPUs or processes: accelerate launch --multi_gpu --num_processes N examples/extract_units.py ...
 (on CPUs with ACCELERATE_USE_CPU=true before it). Started again after an interruption, the same command resumes.
+As several jobs: --shard 1/8 to --shard 8/8, or a SLURM job array (examples/slurm/extract.sbatch).
 
 A recording of more than --window-seconds is computed in overlapping windows, of which --context-seconds beside every
 neighbour are discarded; it is standardised whole.

@@ -311,7 +311,8 @@ def tar_members(path: Path, progress: bool = False) -> Iterator[TarMember]:
 
 
 def _problem(entry: tarfile.TarInfo) -> str | None:
-    stretches = [stretch for stretch in entry.sparse or () if stretch[1]]
+    sparse: Any = entry.sparse  # (offset, bytes) of what is there
+    stretches = [stretch for stretch in sparse or () if stretch[1]]
     if entry.issparse() and stretches != [(0, entry.size)]:
         return "is stored with holes (tar -S), so that it cannot be read where it lies"
     return None

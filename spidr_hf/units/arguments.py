@@ -1,6 +1,7 @@
 """What the commands in `examples/` share: arguments, opening models and data, and errors in one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from ..data.open import open_data
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.loading import DTYPES
 from ..system.errors import NonFiniteError
-from .extraction_run import run_extraction
+from .extraction_run import Shard, run_extraction
 from .extractor import CONTEXT_SECONDS, WINDOW_SECONDS, Extractor, Outputs
 from .stores import LAYOUTS, LENGTHS_FILE, Layout, Store
 from .unit_files import FILE_KEYS, describe_model
@@ -63,7 +64,35 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
         default=CONTEXT_SECONDS,
         help="what is discarded beside every neighbouring window (default: %(default)g)",
     )
+    group.add_argument(
+        "--shard",
+        type=parse_shard,
+        metavar="I/N",
+        help="compute one of N parts (1/N to N/N, or 0/N to N-1/N), as several jobs; the last one writes the files. "
+        "slurm: the part that SLURM_ARRAY_TASK_ID says",
+    )
     group.add_argument("--threads", type=int, default=2, help="files decoded at a time (default: %(default)s)")
+
+
+def parse_shard(text: str) -> Shard:
+    """`i/n`, with i counted from 1 or from 0 (n/n is 0/n); or `slurm`, the task of a job array."""
+    if text == "slurm":
+        names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")
+        try:
+            task, first, step, count = (int(os.environ.get(name, "1")) for name in names)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"SLURM's job array is none: {error}.") from error
+        if names[0] not in os.environ or names[3] not in os.environ:
+            raise argparse.ArgumentTypeError("slurm needs a job array: sbatch --array=1-8, for example, or give I/N.")
+        # Of an array like 3,7,9 the numbers are spread over its parts as they come.
+        return Shard((task - first) // max(1, step) % count, count) if count > 0 else Shard(0, 1)
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError:
+        index, count = 0, 0
+    if not (count > 0 and 0 <= index <= count):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part: 1/8 to 8/8 are the parts of eight.")
+    return Shard(index % count, count)
 
 
 def layout_of(args: argparse.Namespace) -> Layout:
@@ -113,7 +142,7 @@ def extract_to(
     store = store_class(
         args.out_dir, layers, fileids, provenance, layout=layout, overwrite=args.overwrite, **store_options
     )
-    if summary := run_extraction(source, extractor, store, threads=args.threads):
+    if summary := run_extraction(source, extractor, store, threads=args.threads, shard=args.shard):
         report(summary)
         if summary.not_finite:
             first = summary.not_finite[0]

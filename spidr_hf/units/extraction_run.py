@@ -3,16 +3,18 @@
 While units are computed they go to a journal, `OUT_DIR/.partial/...`, one line per utterance; when all are there the
 unit files are written in the order of the data and the journal goes. Feature files appear one by one, each complete.
 Started again, the same command computes only what is missing. Several processes (started by `accelerate launch`) take
-every n-th utterance by length; the first of them puts everything together.
+every n-th batch; the first of them puts everything together. Shards (jobs that know nothing of each other) do so, too,
+and the last of them puts everything together.
 """
 
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import PartialState
@@ -22,7 +24,7 @@ from ..data.sources import AudioSource, Skipped
 from ..system.errors import RunFolderError
 from ..system.files import write_text
 from ..system.processes import RunLock
-from .extractor import Extractor, Throughput, extract
+from .extractor import Extractor, Throughput, extract, plan_batches
 from .stores import LENGTHS_FILE, OtherLength, Store
 
 SKIPPED_FILE = "skipped.jsonl"
@@ -33,6 +35,7 @@ class Summary:
     """What an extraction did: utterances computed and found done, what was skipped, and where results lie.
 
     `not_finite`: those of the skipped whose results are NaN or infinite. `lengths`: what is not as long as DATA says.
+    `waiting`: utterances that other shards have yet to compute.
     """
 
     computed: int
@@ -43,12 +46,23 @@ class Summary:
     seconds: float
     files: list[Path]
     throughput: str
+    waiting: int = 0
 
     def __str__(self) -> str:
         text = f"{self.computed} utterances computed ({self.throughput})"
         if self.found:
             text += f", {self.found} were there before"
+        if self.waiting:
+            text += f"; {self.waiting} are left to other shards, the last of which writes the files"
         return text
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` parts of an extraction that are computed apart, in whatever order; `index` counts from 0."""
+
+    index: int
+    count: int
 
 
 def run_extraction(
@@ -58,75 +72,155 @@ def run_extraction(
     *,
     threads: int = 2,
     progress: bool = True,
+    shard: Shard | None = None,
 ) -> Summary | None:
     """
     Extract what is missing in a store, on every process that was launched.
+
+    With a `shard` only that part of it; the shard that finds that nothing is missing any more puts all together, to the
+    same files as without shards.
 
     Returns the summary on the main process and None on the others. Raises `ValueError` when not one utterance could be
     used, or other results are in the way.
     """
     state = PartialState()
-    lock = _lock(store.root) if state.is_main_process else None
-    try:
+    folder = store.journal_folder
+    with ExitStack() as held:
+        lock = held.enter_context(_lock(store.root, shard)) if state.is_main_process else None
+        if state.is_main_process:
+            _keep_apart(folder, shard, held)
         todo = store.missing(extractor, source)
-        earlier = list(store.journal_folder.glob("*.jsonl"))
+        earlier = list(folder.glob("*.jsonl"))
+        begun = bool(shard and (earlier or len(list(folder.glob("shard-*"))) > 1))
         # All have looked before anyone writes: every process sees the same list.
         state.wait_for_everyone()
         throughput = Throughput()
-        folder = store.journal_folder
+        name = f"{time.time_ns()}-{f'{shard.index}of{shard.count}-' if shard else ''}{state.process_index}.jsonl"
         if todo:
             folder.mkdir(parents=True, exist_ok=True)
-            if state.is_main_process:
+            if state.is_main_process and not begun:
                 store.start()
             state.wait_for_everyone()
-            lengths = np.asarray(source.num_samples)[todo]
-            longest_first = np.asarray(todo)[np.argsort(-lengths, kind="stable")]
-            mine = longest_first[state.process_index :: state.num_processes]
-            started = time.time_ns()
-            _extract_part(
-                source,
-                extractor,
-                store,
-                mine,
-                folder / f"{started}-{state.process_index}.jsonl",
-                threads,
-                progress and state.is_main_process,
-            )
+            if lock is not None and shard:
+                lock.release()  # others may begin
+            missing = set(todo)
+            # Whole batches are dealt, the same as one process makes: so the results are the same to the last bit.
+            part = plan_batches(source, extractor)
+            part = part[shard.index :: shard.count] if shard else part
+            part = part[state.process_index :: state.num_processes]
+            batches = [kept for batch in part if (kept := [index for index in batch if index in missing])]
+            _extract_part(source, extractor, store, batches, folder / name, threads, progress and state.is_main_process)
         state.wait_for_everyone()
         if not state.is_main_process:
             return None
-        return _finish(source, store, todo, earlier, throughput)
-    finally:
-        if lock is not None:
-            lock.path.unlink(missing_ok=True)
+        if shard and lock is not None:
+            mine = [path for path in folder.glob(f"*-{shard.index}of{shard.count}-*.jsonl") if path not in earlier]
+            done = _read_journals(mine)
             lock.release()
+            held.enter_context(_lock(store.root, shard))
+            found = len(store.names) - len(todo)
+            throughput.seconds = done.seconds
+            if todo and not folder.exists():  # another one was the last, and has put all together
+                return Summary(done.computed, found, [], [], [], done.seconds, [], str(throughput))
+            # What is still missing, and was not found to be of no use, other shards have to compute.
+            missing = set(store.missing(extractor, source))
+            entries = _read_journals(sorted(folder.glob("*.jsonl")))
+            unusable = {fileid for fileid in entries.skipped if fileid in {store.fileids[index] for index in missing}}
+            waiting = len(missing) - len(unusable)
+            if waiting:
+                if not any(path.stat().st_size for path in folder.glob("*.jsonl")):
+                    _clear(folder)  # all is done but what cannot be used, and that is another shard's to try again
+                skipped = [entry for fileid, entry in done.skipped.items() if fileid in unusable]
+                bad = [entry for fileid, entry in done.not_finite.items() if fileid in unusable]
+                return Summary(done.computed, found, skipped, bad, [], done.seconds, [], str(throughput), waiting)
+            return _finish(source, store, todo, [], throughput, only=unusable, own=mine)
+        return _finish(source, store, todo, earlier, throughput)
 
 
-def _lock(folder: Path) -> RunLock:
+@contextmanager
+def _lock(folder: Path, shard: Shard | None) -> Iterator[RunLock]:
+    """Keeps other extractions out of the folder; shards wait, since each holds it for moments only."""
     try:
-        return RunLock(folder, patience=2.0)
+        lock = RunLock(folder, patience=60.0 if shard else 2.0)
     except RunFolderError as error:
         raise ValueError(
             f"Another extraction is writing into {folder}: wait for it, or give another OUT_DIR."
         ) from error
+    try:
+        yield lock
+    finally:
+        # Not while others wait for it: they would lock a file that is no longer there.
+        if shard is None or not (folder / ".partial").exists():
+            lock.path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _keep_apart(folder: Path, shard: Shard | None, held: ExitStack) -> None:
+    """Lets no shard run twice at a time, and none beside a run without shards."""
+    own = folder / f"shard-{shard.index}-of-{shard.count}" if shard else None
+    for path in folder.glob("shard-*") if own is None else [own]:
+        try:
+            lock = RunLock(path, patience=0.0 if own is None else 2.0)
+        except RunFolderError as error:
+            index, count = path.name.split("-")[1::2]
+            raise ValueError(
+                f"Shard {index}/{count} is being extracted into {folder.parent.parent}: wait for it."
+            ) from error
+        if own is None:
+            lock.release()
+        else:
+            held.callback(lock.release)
+
+
+class _Journals(NamedTuple):
+    """What journals say: utterances and seconds of audio computed, and what was skipped, by fileid."""
+
+    computed: int
+    seconds: float
+    skipped: dict[str, Skipped]
+    not_finite: dict[str, Skipped]
+
+
+def _read_journals(paths: Sequence[Path]) -> _Journals:
+    computed, seconds = 0, 0.0
+    skipped: dict[str, Skipped] = {}
+    not_finite: dict[str, Skipped] = {}
+    for path in paths:
+        with path.open("rb") as lines:
+            for line in lines:
+                if b'"skipped"' not in line and b'"seconds"' not in line:
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError:  # cut off when a run was killed
+                    continue
+                if "skipped" in row:
+                    skipped[row["file"]] = Skipped(row["file"], row["skipped"])
+                    not_finite.pop(row["file"], None)
+                    if row.get("not_finite"):
+                        not_finite[row["file"]] = skipped[row["file"]]
+                elif "seconds" in row:
+                    computed, seconds = computed + row["utterances"], seconds + row["seconds"]
+    return _Journals(computed, seconds, skipped, not_finite)
 
 
 def _extract_part(
     source: AudioSource,
     extractor: Extractor,
     store: Store,
-    indices: np.ndarray,
+    batches: Sequence[Sequence[int]],
     journal_path: Path,
     threads: int,
     progress: bool,
 ) -> None:
-    total = float(np.asarray(source.num_samples)[indices].sum()) / 16_000 + 1e-6  # sums of floats may exceed it
+    lengths = np.asarray(source.num_samples)
+    total = sum(float(lengths[list(batch)].sum()) for batch in batches) / 16_000 + 1e-6  # sums of floats may exceed it
     layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_fmt}]"
     bar = tqdm(
         total=total, desc="Extracting", unit=" s of audio", bar_format=layout, disable=not progress, smoothing=0.05
     )
     with journal_path.open("w", encoding="utf-8") as journal, bar:
-        for batch in extract(source, extractor, indices.tolist(), threads=threads):
+        for batch in extract(source, extractor, batches, threads=threads):
             for index, result in batch.results:
                 store.add(store.names[index], result, journal)
             rows: list[dict[str, Any]] = [{"file": fileid, "skipped": reason} for fileid, reason in batch.skipped]
@@ -148,23 +242,20 @@ def _finish(
     todo: Sequence[int],
     earlier: Sequence[Path],
     throughput: Throughput,
+    only: Container[str] | None = None,
+    own: Sequence[Path] | None = None,
 ) -> Summary:
-    folder, computed = store.journal_folder, 0
-    skipped: dict[str, Skipped] = {}
-    not_finite: dict[str, Skipped] = {}
-    journals = sorted(folder.glob("*.jsonl"))
+    """`only`: what of the skipped was not computed later. `own`: journals of this run, among those of other shards."""
+    folder = store.journal_folder
     # Journals of interrupted runs are older; what they skipped was tried again.
-    for path in journals:
-        if path in earlier:
-            continue
-        for line in path.open(encoding="utf-8"):
-            row = json.loads(line)
-            if "skipped" in row:
-                skipped[row["file"]] = Skipped(row["file"], row["skipped"])
-                if row.get("not_finite"):
-                    not_finite[row["file"]] = skipped[row["file"]]
-            elif "seconds" in row:
-                computed, throughput.seconds = computed + row["utterances"], throughput.seconds + row["seconds"]
+    entries = _read_journals([path for path in sorted(folder.glob("*.jsonl")) if path not in earlier])
+    skipped, not_finite = entries.skipped, entries.not_finite
+    if only is not None:
+        skipped = {fileid: entry for fileid, entry in skipped.items() if fileid in only}
+        not_finite = {fileid: entry for fileid, entry in not_finite.items() if fileid in only}
+    if own is not None:
+        entries = _read_journals(own)
+    throughput.seconds = entries.seconds
     lengths = store.known_lengths(source)
     if len(skipped) == len(store.names):
         _clear(folder)
@@ -178,7 +269,7 @@ def _finish(
     _clear(folder)
     found = len(store.names) - len(todo)
     return Summary(
-        computed,
+        entries.computed,
         found,
         all_skipped,
         [not_finite[fileid] for fileid in store.fileids if fileid in not_finite],
@@ -203,4 +294,4 @@ def _clear(journal_folder: Path) -> None:
         journal_folder.parent.rmdir()
 
 
-__all__ = ["SKIPPED_FILE", "Summary", "run_extraction"]
+__all__ = ["SKIPPED_FILE", "Shard", "Summary", "run_extraction"]

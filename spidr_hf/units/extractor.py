@@ -372,11 +372,20 @@ class Extracted:
     planned_seconds: float
 
 
+def plan_batches(source: AudioSource, extractor: Extractor) -> list[list[int]]:
+    """All utterances of a source in batches, from the longest to the shortest."""
+    return batches_by_length(source.num_samples, extractor.max_batch_samples)
+
+
 def extract(
-    source: AudioSource, extractor: Extractor, indices: Sequence[int] | None = None, *, threads: int = 2
+    source: AudioSource,
+    extractor: Extractor,
+    batches: Sequence[Sequence[int]] | None = None,
+    *,
+    threads: int = 2,
 ) -> Iterator[Extracted]:
     """
-    Results of a source's utterances, batch by batch, from the longest to the shortest.
+    Results of a source's utterances, batch by batch.
 
     Files are read and standardised in threads while the model computes; at most two batches wait. What cannot be read
     is skipped and named. Memory holds the recordings of three batches (an hour of audio takes 230 MB, twice that while
@@ -385,12 +394,10 @@ def extract(
     Args:
         source: See `manifests.open_manifest`.
         extractor: What to compute.
-        indices: Utterances wanted; all by default.
+        batches: Utterances computed together; by default all, as `plan_batches` has them.
         threads: How many files are decoded at a time.
     """
-    chosen = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
-    lengths = np.asarray(source.num_samples)[chosen]
-    batches = [[int(chosen[i]) for i in batch] for batch in batches_by_length(lengths, extractor.max_batch_samples)]
+    batches = plan_batches(source, extractor) if batches is None else batches
 
     def load(index: int) -> np.ndarray | Skipped:
         try:
@@ -399,7 +406,7 @@ def extract(
             return Skipped(source.fileid(index), str(error))
 
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[tuple[list[int], list[Future]]] = deque()
+        waiting: deque[tuple[Sequence[int], list[Future]]] = deque()
         upcoming = iter(batches)
         try:
             while True:
@@ -415,12 +422,12 @@ def extract(
                 results = extractor.results([waveform for _, waveform in good]) if good else []
                 found = [(index, result) for (index, _), result in zip(good, results, strict=True)]
                 reasons = {index: reason for index, result in found if (reason := extractor.not_finite(result))}
-                lengths = [(source.fileid(i), int(source.num_samples[i]), len(waveform)) for i, waveform in good]
+                there = [(source.fileid(i), int(source.num_samples[i]), len(waveform)) for i, waveform in good]
                 yield Extracted(
                     [(index, result) for index, result in found if index not in reasons],
                     skipped,
                     [Skipped(source.fileid(index), reason) for index, reason in reasons.items()],
-                    [(fileid, said, there) for fileid, said, there in lengths if said != there],
+                    [entry for entry in there if entry[1] != entry[2]],
                     sum(len(waveform) for _, waveform in good) / _SAMPLING_RATE,
                     float(np.asarray(source.num_samples)[batch].sum()) / _SAMPLING_RATE,
                 )
@@ -456,6 +463,7 @@ __all__ = [
     "cluster_outputs",
     "extract",
     "feature_outputs",
+    "plan_batches",
     "plan_windows",
     "prediction_outputs",
     "teacher_outputs",

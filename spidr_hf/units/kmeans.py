@@ -17,6 +17,8 @@ from ..system.errors import NonFiniteError
 from ..system.files import replaced_file
 
 _FORMAT = "spidr_hf k-means"
+# What `extract_features.py` says beside the features about how they were made.
+FEATURES_SIDECAR = "features.provenance.json"
 # Frames per step of the mini-batch algorithm; HuBERT's recipe.
 BATCH_FRAMES = 10_000
 
@@ -96,8 +98,18 @@ def load_features(path: Path) -> Tensor:
 
 
 def feature_files(folder: str | os.PathLike) -> list[Path]:
-    """The feature files below a folder, sorted: `.pt`, else `.npy`."""
+    """The feature files below a folder, sorted: `.pt`, else `.npy`.
+
+    Raises `ValueError` where there are none, and for the folder above those of several layers.
+    """
     folder = Path(folder)
+    if folder.is_dir() and not (folder / FEATURES_SIDECAR).exists():
+        inside = (path for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+        if layers := sorted((path.name for path in inside if any(path.rglob(FEATURES_SIDECAR))), key=int):
+            raise ValueError(
+                f"{folder} holds the features of the layers {', '.join(layers)}: give one of them, "
+                f"{folder / layers[-1]} for example."
+            )
     for suffix in (".pt", ".npy"):
         # Hidden ones are what a killed process left half-written.
         if files := sorted(path for path in folder.rglob(f"*{suffix}") if not path.name.startswith(".")):

@@ -237,6 +237,8 @@ class UnitStore(Store):
                 continue
             try:
                 _check_same(provenance_path(path), {**self.provenance, "layer": layer}, path)
+                if not self.overwrite:
+                    self._check_form(path)
             except ValueError:
                 if not self.overwrite:
                     raise
@@ -245,6 +247,22 @@ class UnitStore(Store):
         for journal in sorted(self.journal_folder.glob("*.jsonl")):
             self._index(journal, self.layers, expected)
         return [i for i, name in enumerate(self.names) if not all(name in self._places[layer] for layer in self.layers)]
+
+    def _check_form(self, path: Path) -> None:
+        """Raises `ValueError` where the same units are there in another form of lines, which would be replaced."""
+        with path.open("rb") as lines:
+            try:
+                row = json.loads(lines.readline() or b"{}")
+            except ValueError:
+                row = {}
+        if "units" in row and self.layout.file_key not in row:
+            found = next((key for key in FILE_KEYS if key in row), None)
+            form = f"in which the utterance is called {found!r}, not {self.layout.file_key!r}"
+        elif "units" in row and ("durations" in row) != self.collapse:
+            form = "without repeats (--deduplicate)" if "durations" in row else "with repeats (without --deduplicate)"
+        else:
+            return
+        raise ValueError(f"{path} holds units {form}: give another OUT_DIR, or --overwrite to replace it.")
 
     def add(self, name: str, result: Mapping[int, Tensor], journal: IO[str]) -> None:
         """Take in the units of one utterance (T, by layer)."""

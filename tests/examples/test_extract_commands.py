@@ -1,5 +1,6 @@
 """`extract_features.py` and `extract_units.py`: files and layouts, interrupted runs, bad input."""
 
+import argparse
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ import spidr_hf.units.extraction_run
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
 from spidr_hf.configuration_spidr import frame_lengths
 from spidr_hf.data.manifests import Manifest, read_manifest
+from spidr_hf.units.arguments import parse_shard
+from spidr_hf.units.extraction_run import Shard
 from spidr_hf.units.extractor import Extractor
 from spidr_hf.units.kmeans import feature_files
 from spidr_hf.units.stores import Layout, UnitStore
@@ -79,8 +82,13 @@ def test_deduplicated_units_keep_their_durations(model_folder, data, expected, t
     for row in rows(tmp_path / "3" / "units.jsonl"):
         assert np.repeat(row["units"], row["durations"]).tolist() == expected[row["file"]][3]
         assert all(a != b for a, b in zip(row["units"], row["units"][1:], strict=False))
-    # The same units with another layout of the lines need no second computation.
-    again = run_command("extract_units", model_folder, data, tmp_path, "--layers", 3, "--key", "name")
+    # The same units with another layout of the lines need no second computation, but a word that it may replace them.
+    before = (tmp_path / "3" / "units.jsonl").read_bytes()
+    for options in (("--key", "name"), (), ("--deduplicate", "--key", "audio")):
+        refused = run_command("extract_units", model_folder, data, tmp_path, "--layers", 3, *options)
+        fails(refused, "holds units", "--overwrite to replace it")
+        assert (tmp_path / "3" / "units.jsonl").read_bytes() == before
+    again = run_command("extract_units", model_folder, data, tmp_path, "--layers", 3, "--key", "name", "--overwrite")
     assert "0 utterances computed" in again.out and "9 were there before" in again.out
     assert [row["name"] for row in rows(tmp_path / "3" / "units.jsonl")] == list(expected)
     assert {name: units.tolist() for name, units in read_units(tmp_path / "3" / "units.jsonl").items()} == {
@@ -429,3 +437,112 @@ def test_the_longest_names_are_written(model_folder, tmp_path):
     soundfile.write(tmp_path / f"{name}.wav", np.random.default_rng(0).normal(0, 0.1, 4_000), 16_000)
     done = run_command("extract_features", model_folder, tmp_path, tmp_path / "out", "--layers", 2)
     assert done.status == 0 and (tmp_path / "out" / "2" / f"{name}.pt").exists()
+
+
+def tree(folder):
+    """Every file in a folder, its times left out."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if path.name.endswith(".provenance.json"):
+            content = {key: value for key, value in json.loads(content).items() if key != "created"}
+        found[str(path.relative_to(folder))] = content
+    return found
+
+
+@pytest.fixture
+def some_bad(tmp_path):
+    """Eleven recordings, one of which is cut off."""
+    folder = tmp_path / "audio"
+    folder.mkdir()
+    for i in range(11):
+        rng = np.random.default_rng(i)
+        soundfile.write(folder / f"{i:02d}.flac", rng.normal(0, 0.1, 9_000 + 700 * (i * 5 % 11)), 16_000)
+    content = (folder / "04.flac").read_bytes()
+    (folder / "04.flac").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+@pytest.mark.parametrize("command", ["extract_units", "extract_features"])
+@pytest.mark.parametrize("parts", [["2/3", "0/3", "1/3"], ["3/3", "1/3", "2/3"], ["1/1"], ["1/9", *"2345678"]])
+def test_shards_merge_into_the_files_of_one_process(model_folder, some_bad, tmp_path, command, parts):
+    arguments = ("--layers", 2, 4, "--batch-seconds", 2)
+    one = run_command(command, model_folder, some_bad, tmp_path / "one", *arguments)
+    assert one.status == 0, one.err
+    for part in parts:
+        part = part if "/" in part else f"{part}/9"  # more than there are batches
+        done = run_command(command, model_folder, some_bad, tmp_path / "many", *arguments, "--shard", part)
+        assert done.status == 0, done.err
+        if len(parts) > 3:
+            continue
+        assert ("left to other shards" in done.out) == (part != parts[-1]), part
+        assert (tmp_path / "many" / "skipped.jsonl").exists() == (part == parts[-1])
+    if len(parts) > 3:
+        run_command(command, model_folder, some_bad, tmp_path / "many", *arguments, "--shard", "0/9")
+    assert tree(tmp_path / "many") == tree(tmp_path / "one")
+
+
+def test_a_run_without_shards_does_what_is_left_of_them(model_folder, some_bad, tmp_path):
+    arguments = ("--layers", 4, "--batch-seconds", 2)
+    assert run_command("extract_units", model_folder, some_bad, tmp_path / "one", *arguments).status == 0
+    many = tmp_path / "many"
+    run_command("extract_units", model_folder, some_bad, many, *arguments, "--shard", "1/3")
+    # Parts of another number are parts of what is left.
+    run_command("extract_units", model_folder, some_bad, many, *arguments, "--shard", "1/2")
+    rest = run_command("extract_units", model_folder, some_bad, many, *arguments)
+    assert rest.status == 0 and "were there before" in rest.out
+    assert tree(many) == tree(tmp_path / "one")
+
+
+@pytest.mark.parametrize("held", ["shard-1-of-3", ""])
+def test_shards_and_others_are_kept_apart(model_folder, some_bad, tmp_path, monkeypatch, held):
+    out = tmp_path / "out"
+    arguments = ("extract_units", model_folder, some_bad, out, "--batch-seconds", 2)
+    run_command(*arguments, "--shard", "0/3")
+    (journals,) = (out / ".partial").iterdir()
+    holder = [sys.executable, "-c", HOLDER, journals / held if held else out]
+    with subprocess.Popen(holder, stdout=subprocess.PIPE, stdin=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout.readline().strip() == b"held"
+        if held:
+            fails(run_command(*arguments), "Shard 1/3 is being extracted")
+            fails(run_command(*arguments, "--shard", "1/3"), "is being extracted")
+            assert run_command(*arguments, "--shard", "2/3").status == 0
+        else:
+            fails(run_command(*arguments), "Another extraction")
+        process.communicate(b"\n")
+
+
+HOLDER = """
+import fcntl, os, sys
+os.makedirs(sys.argv[1], exist_ok=True)
+file = open(os.path.join(sys.argv[1], ".lock"), "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "expected"),
+    [
+        ("1/8", {}, (1, 8)),
+        ("8/8", {}, (0, 8)),
+        ("0/8", {}, (0, 8)),
+        ("slurm", {"ID": "5", "MIN": "1", "COUNT": "8", "STEP": "1"}, (4, 8)),
+        ("slurm", {"ID": "6", "MIN": "0", "COUNT": "4", "STEP": "2"}, (3, 4)),
+        ("slurm", {"ID": "0", "COUNT": "1", "MIN": "0"}, (0, 1)),
+    ],
+)
+def test_parts(monkeypatch, text, environment, expected):
+    for name in ("ID", "MIN", "STEP", "COUNT"):
+        monkeypatch.delenv(f"SLURM_ARRAY_TASK_{name}", raising=False)
+        if name in environment:
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", environment[name])
+    assert parse_shard(text) == Shard(*expected)
+
+
+@pytest.mark.parametrize("text", ["9/8", "-1/8", "1/0", "a/b", "3", "slurm", "1/2/3"])
+def test_what_is_no_part(monkeypatch, model_folder, data, tmp_path, text):
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"is no part|needs a job array"):
+        parse_shard(text)

@@ -1,6 +1,7 @@
 """`examples/slurm/` on a real SLURM: a controller and two nodes on this machine, CPUs only."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from small_run import slow_down, write_run
 
 from spidr_hf.training.checkpoints import Checkpoints
 
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "slurm"
 STEPS = 300
 # In seconds: each of these waits takes a fraction of it, unless the machine has much else to do.
@@ -250,3 +252,13 @@ def test_what_sbatch_objects_to_is_said(cluster, tmp_path):
     options = ["-A", "test", "-N", "1", "-G", "0", "-p", "nowhere", "--output-root", tmp_path]
     done = submit(write_run(tmp_path / "files"), *options, env=cluster.environment)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "partition" in done.stderr, done.stderr
+
+
+def test_every_task_of_an_array_extracts_its_part(tmp_path):
+    """The script hands on what it is given, and asks for the part of its task."""
+    environment = {**os.environ, "SPIDR_HF": str(ROOT), "PYTHON": "echo", "SLURM_SUBMIT_DIR": "/nowhere"}
+    script = ["bash", str(FOLDER / "extract.sbatch"), "MODEL", "a folder", "OUT", "--layers", "6"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == f"{ROOT}/examples/extract_units.py MODEL a folder OUT --layers 6 --shard slurm\n"
+    missing = subprocess.run(script, env={**environment, "SPIDR_HF": "/nowhere"}, capture_output=True, text=True)
+    assert missing.returncode == 2 and "does not exist. Submit from the repository" in missing.stderr

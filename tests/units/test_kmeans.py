@@ -10,7 +10,8 @@ from commands import fails, run_command
 from tiny import tiny_model
 
 from spidr_hf import SpidrFeatureExtractor
-from spidr_hf.units.kmeans import KMeans, load_features, load_kmeans, train_kmeans
+from spidr_hf.system.errors import NonFiniteError
+from spidr_hf.units.kmeans import KMeans, feature_files, load_features, load_kmeans, train_kmeans
 
 pytest.importorskip("sklearn")
 
@@ -111,3 +112,32 @@ def test_bad_input(blobs, tmp_path):
     out.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be read as a safetensors"):
         load_kmeans(out)
+
+
+@pytest.mark.parametrize("below", ["", "deu/test"])
+def test_the_folder_of_several_layers_is_refused(tmp_path, below):
+    """Else their features would be mixed; folders of numbers alone may be anything."""
+    for layer in ("3", "11"):
+        folder = tmp_path / layer / below
+        folder.mkdir(parents=True)
+        np.save(folder / "a.npy", np.zeros((2, 4), dtype=np.float32))
+    assert len(feature_files(tmp_path)) == 2
+    for layer in ("3", "11"):
+        (tmp_path / layer / below / "features.provenance.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"layers 3, 11: give one of them, .*/11 for example"):
+        feature_files(tmp_path)
+    assert len(feature_files(tmp_path / "3")) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_centroids_and_features_that_are_not_finite(tmp_path, value):
+    centroids = torch.zeros(3, 4)
+    centroids[1, 2] = value
+    KMeans(centroids, {"layer": 1}).save(tmp_path / "k.safetensors")
+    with pytest.raises(NonFiniteError, match="train the k-means again"):
+        load_kmeans(tmp_path / "k.safetensors")
+    np.save(tmp_path / "a.npy", centroids.numpy())
+    with pytest.raises(NonFiniteError, match="bfloat16"):
+        load_features(tmp_path / "a.npy")
+    with pytest.raises(NonFiniteError):
+        KMeans(torch.zeros(3, 4)).predict(centroids)
