@@ -17,6 +17,10 @@ overall and per codebook, on the same masked frames for every checkpoint; with a
 units of each codebook's layer (with and without silence). The curves go to the run's tracker too (TensorBoard shows
 them beside training's), and to RUN_DIR/validation.png.
 
+RUN_DIR/best is the model of the best checkpoint so far, by the score that --select names: loss, or with alignments
+per (phone errors of the units read as phones), f1, r_val, pnmi and the others of a row; of a score with a value for
+every layer the best layer's counts. It stays when `run.keep_latest` deletes the checkpoint.
+
 Start it before, beside or after training, on another machine or in another job that sees the folder; stop it at any
 time. Started again it continues with what is missing. A checkpoint that `run.keep_latest` deletes meanwhile is passed
 over. With --watch it waits for a run that has not begun yet, and for one that was interrupted.
@@ -46,6 +50,12 @@ def main() -> None:
     parser.add_argument("--poll", type=float, default=30, metavar="SECONDS", help="how often to look (default: 30)")
     parser.add_argument("--data", metavar="DATA", help="validate on this instead of the config's data sets")
     parser.add_argument("--alignments", metavar="FILE", help="phones of --data (see evaluate_units.py)")
+    parser.add_argument(
+        "--select",
+        default="loss",
+        metavar="SCORE",
+        help="what best/ is chosen by, SCORE or DATASET/SCORE (default: loss)",
+    )
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="precision (default: the run's)")
     args = parser.parse_args()
@@ -60,6 +70,7 @@ def main() -> None:
             data=(args.data, args.alignments) if args.data else None,
             device=device_of(args.device),
             dtype=args.dtype,
+            select=args.select,
             wait=args.poll if args.watch else None,
         )
         try:

@@ -292,8 +292,14 @@ def whole_model(model: SpidrForPretraining, keep: bool = True) -> SpidrForPretra
     return whole
 
 
-def save_final(model: SpidrForPretraining, folder: str | Path, config: PretrainingConfig, summary: str) -> None:
-    """A Hub-ready model folder: weights, config, feature extractor, code files and a card.
+def save_final(
+    model: SpidrForPretraining,
+    folder: str | Path,
+    config: PretrainingConfig,
+    summary: str,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """A Hub-ready model folder: weights, config, feature extractor, code files and a card; and further text `files`.
 
     Raises `RunFolderError` where it cannot be written.
     """
@@ -306,7 +312,8 @@ def save_final(model: SpidrForPretraining, folder: str | Path, config: Pretraini
             ) from error
         SpidrFeatureExtractor(do_normalize=config.data.normalize).save_pretrained(partial)
         card = trained_card(model.config, summary, config.to_toml(), model_id=config.run.push_to_hub)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        for name, text in {"README.md": card, **(files or {})}.items():
+            (partial / name).write_text(text, encoding="utf-8")
 
 
 __all__ = [

@@ -13,7 +13,7 @@ import hashlib
 import json
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ from ..data.masking import masked_frames
 from ..data.open import open_data
 from ..data.sections import DataSection
 from ..data.sources import Skipped
+from ..evaluation.discovery import discovery_scores
 from ..evaluation.phones import cluster_purity, count_pairs, phone_purity, phone_steps, pnmi, without_silence
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..modeling_spidr import SpidrForPretraining
@@ -70,6 +71,7 @@ class Totals:
     counts: np.ndarray
     predictions: np.ndarray
     phones: dict[str, np.ndarray] = field(default_factory=dict)
+    units: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)  # of aligned utterances, by layer and fileid
     samples: int = 0
     utterances: int = 0
     aligned: int = 0
@@ -88,6 +90,8 @@ class Totals:
         self.predictions = self.predictions + other.predictions
         for phone, counts in other.phones.items():
             self.phones[phone] = self.phones[phone] + counts if phone in self.phones else counts
+        for layer, units in other.units.items():
+            self.units.setdefault(layer, {}).update(units)
         self.samples += other.samples
         self.utterances += other.utterances
         self.aligned += other.aligned
@@ -225,7 +229,7 @@ class ValidationSet:
             for part in parts:
                 totals.add(part)
         self._check_skipped(totals.skipped)
-        return totals.scores()
+        return totals.scores() | self._discovery(totals.units)
 
     def new_notes(self) -> list[str]:
         """What the user should know and was not told yet, one line each."""
@@ -257,6 +261,15 @@ class ValidationSet:
         totals.counts = np.stack([np.bincount(row, minlength=codewords) for row in labels]).astype(float)
         self._count_phones(model, utterances, totals)
         return totals
+
+    def _discovery(self, units: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, list[float]]:
+        """`per`, `f1` and `r_val` of every codebook's layer; nothing where no utterance is aligned."""
+        if not units:
+            return {}
+        by_name = {self.source.fileid(index): phones for index, phones in self._phones.items()}
+        codewords = self.model_config.codebook_size
+        layers = [discovery_scores(units[layer], by_name, num_units=codewords) for layer in sorted(units)]
+        return {name: [scores[name] for scores in layers] for name in layers[0]}
 
     def _inputs(self, utterances: Sequence[Utterance], device: torch.device) -> dict[str, Tensor]:
         lengths = torch.tensor([len(utterance.crop) for utterance in utterances])
@@ -300,6 +313,8 @@ class ValidationSet:
                     totals.phones[name][layer - first] += row
             else:
                 totals.aligned += 1
+                for layer, sequence in units.items():
+                    totals.units.setdefault(layer, {})[fileid] = sequence.numpy().astype(np.int32)
 
     def _load(self, batches: Sequence[np.ndarray], pool: ThreadPoolExecutor) -> Iterator[list[Utterance | Skipped]]:
         """Batches in order; files are decoded in threads while the model computes."""

@@ -32,11 +32,14 @@ from ..training.observers import Observer
 from ..training.trackers import end_trackers
 from .config import INHERITED, PretrainingConfig, load_config
 from .reporter import Reporter
-from .setup import autocast
+from .setup import autocast, save_final
 from .start import Run, final_step
 from .validation import ValidationSet, open_sets
 
 FILE_NAME, PLOT_NAME = "validation.jsonl", "validation.png"
+BEST_NAME, CHOICE_NAME = "best", "selection.json"
+# Scores of a row of which less is better; of all others more is.
+_LESS_IS_BETTER = ("loss", "layer_losses", "per", "skipped")
 _PLOT_INTERVAL = 60.0  # seconds, while there are further checkpoints to validate
 _HOW_TO_ADD = (
     "there is nothing to validate on: add a section to the run's config, for example\n"
@@ -172,6 +175,8 @@ class RunFollower:
         data: validate on this instead of the config's `[validation.<name>]` (DATA, alignments or None).
         device: where to compute.
         dtype: precision instead of the run's.
+        select: the score that decides which checkpoint `best/` is of, as `loss` or `dev/pnmi` (with the name of a data
+            set, by default the first); of a score with a value for every layer the best layer's counts.
         wait: seconds between looks for a run that has not begun yet; None: it must have.
         say: takes a line for the user.
 
@@ -185,11 +190,12 @@ class RunFollower:
         data: tuple[str, str | None] | None = None,
         device: torch.device | str = "cpu",
         dtype: str | None = None,
+        select: str = "loss",
         wait: float | None = None,
         say: Callable[[str], None] = print,
     ):
         self.run_dir, self.device, self.say = Path(run_dir), torch.device(device), say
-        self._data, self._dtype = data, dtype
+        self._data, self._dtype, self._select = data, dtype, select
         self.file = ValidationFile(run_dir)
         self._checkpoints = Checkpoints(self.run_dir / "checkpoints")
         self._passed_over: set[tuple[int, str | None]] = set()
@@ -201,6 +207,9 @@ class RunFollower:
         while wait is not None and not (self.run_dir / "config.toml").exists():
             time.sleep(wait)
         self.config, self.sets = self._reload()
+        set_name = select.rpartition("/")[0]
+        if set_name and set_name not in (names := [validation.name for validation in self.sets]):
+            raise ConfigError(f"--select {select}: there is no data set {set_name!r}, only {', '.join(names)}.")
 
     def catch_up(self) -> int:
         """Validate every checkpoint that there is and was not validated; returns how many there were."""
@@ -209,6 +218,7 @@ class RunFollower:
             count += 1
         if count and self.file.rows():
             self._plot()
+        self._keep_best()
         return count
 
     def follow(self, poll: float) -> None:
@@ -262,8 +272,39 @@ class RunFollower:
             for note in validation.new_notes():
                 self.say(f"[validation.{validation.name}]: {note}.")
         self._log(logged, step)
+        self._keep_best()
         if time.monotonic() - self._plotted > _PLOT_INTERVAL:
             self._plot()
+
+    def _keep_best(self) -> None:
+        """See to it that `best/` is a model folder of the best checkpoint by the chosen score, of those there are now
+        and the one that it is of already."""
+        set_name, _, score = self._select.rpartition("/")
+        validation = next(v for v in self.sets if v.name == (set_name or self.sets[0].name))
+        folders = {step: folder for step, folder, _ in self._folders()}
+        rows = [row for row in self.file.rows() if row["name"] == validation.name and row["step"] in folders]
+        rows = [row for row in rows if row["data"] == validation.fingerprint]
+        if rows and score not in rows[-1]:
+            known = ", ".join(name for name, value in rows[-1].items() if isinstance(value, (float, list)))
+            raise ConfigError(f"--select {self._select}: there is no score {score!r}, only {known}.")
+        values = {row["step"]: value for row in rows if (value := best_value(score, row[score])) is not None}
+        if not values:
+            return
+        sign = 1 if score in _LESS_IS_BETTER else -1
+        step = min(values, key=lambda step: (sign * values[step], step))
+        choice = {"select": f"{validation.name}/{score}", "data": validation.fingerprint}
+        path = self.run_dir / BEST_NAME / CHOICE_NAME
+        kept = _read_json(path)
+        if kept | choice == kept and sign * kept["value"] <= sign * values[step]:
+            return
+        try:
+            self._load(folders[step])
+        except (OSError, SafetensorError, RuntimeError):
+            return  # it was deleted meanwhile
+        summary = f"Step {step} of a run, the best by {score} ({values[step]:.4g}) on {validation.name}."
+        content = json.dumps({**choice, "step": step, "value": values[step]}, indent=1) + "\n"
+        save_final(self._model, path.parent, self.config, summary, {CHOICE_NAME: content})  # type: ignore[arg-type]
+        self.say(f"best/ is step {step}: {score} {values[step]:.4g} on {validation.name}.")
 
     def _plot(self) -> None:
         """The curves as a picture, where matplotlib is installed."""
@@ -334,6 +375,14 @@ class RunFollower:
             end_trackers()
 
 
+def best_value(score: str, value: Any) -> float | None:
+    """A score as one number: of a list, an entry per layer, the best; None where it is not finite."""
+    values = [item for item in (value if isinstance(value, list) else [value]) if item is not None]
+    if not values:
+        return None
+    return float(min(values) if score in _LESS_IS_BETTER else max(values))
+
+
 def describe(row: Mapping[str, Any], first_layer: int) -> str:
     """A row of validation.jsonl as one line."""
 
@@ -384,6 +433,14 @@ def _checksum(folder: Path) -> str | None:
         return None
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and isinstance(content.get("value"), float) else {}
+
+
 def _start_tracker(config: PretrainingConfig, run_dir: Path) -> GeneralTracker | None:
     """The tracker that `run.tracker` names, if it is installed."""
     name = "tensorboard" if config.run.tracker == "auto" else config.run.tracker
@@ -411,4 +468,12 @@ def start_validation(run: Run, reporter: Reporter, interrupted: Callable[[], boo
     return InlineValidation(run.config, run.output_dir, run.accelerator, run.model, reporter, interrupted)
 
 
-__all__ = ["FILE_NAME", "InlineValidation", "RunFollower", "ValidationFile", "describe", "start_validation"]
+__all__ = [
+    "FILE_NAME",
+    "InlineValidation",
+    "RunFollower",
+    "ValidationFile",
+    "best_value",
+    "describe",
+    "start_validation",
+]

@@ -19,7 +19,7 @@ from commands import fails, run_command
 from runs import assert_same_run, finish, launch, load_script, rows, write_audio, write_config
 from safetensors.torch import load_file
 
-from spidr_hf import SpidrForPretraining
+from spidr_hf import SpidrForPretraining, SpidrModel
 from spidr_hf.evaluation.phones import evaluate_units
 from spidr_hf.feature_extraction_spidr import SpidrFeatureExtractor
 from spidr_hf.pretraining.config import load_config
@@ -405,6 +405,41 @@ def test_a_checkpoint_that_is_deleted_or_damaged_is_passed_over(run, monkeypatch
     assert follower.catch_up() == 3 and steps(run) == [12] and follower.catch_up() == 0
     assert any("step_6 was deleted while it was read" in line for line in said)
     assert any("step_9 is damaged" in line for line in said)
+
+
+def test_best_is_kept(run, monkeypatch):
+    """`best/` is the model of the best checkpoint by the score that is named, also when that one is gone."""
+    said: list[str] = []
+
+    def follow(select: str) -> dict:
+        RunFollower(run, say=said.append, select=select).catch_up()
+        return json.loads((run / "best" / "selection.json").read_text())
+
+    choice = follow("loss")
+    rows = [row for row in ValidationFile(run).rows() if row["name"] == "dev"]
+    best = min(rows, key=lambda row: row["loss"])
+    assert choice == {"select": "dev/loss", "data": best["data"], "step": best["step"], "value": best["loss"]}
+    weights = load_file(run / "best" / "model.safetensors")
+    expected = load_file(run / "checkpoints" / f"step_{best['step']}" / "model.safetensors")
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert "the best by loss" in (run / "best" / "README.md").read_text()
+    SpidrModel.from_pretrained(run / "best")
+    # It stays when its checkpoint is deleted, and is not written again.
+    shutil.rmtree(run / "checkpoints" / f"step_{best['step']}")
+    if best["step"] == 12:
+        shutil.rmtree(run / "final")
+    said.clear()
+    assert follow("dev/loss") == choice and not said
+    # By another score it is another's; of scores per layer the best layer counts.
+    for score in ("pnmi", "per", "f1", "r_val"):
+        assert all(len(row[score]) == 2 for row in rows)
+    left = [row for row in rows if row["step"] in {int(p.name[5:]) for p in (run / "checkpoints").glob("step_*")}]
+    assert follow("dev/per")["value"] == min(min(row["per"]) for row in left)
+    assert follow("r_val")["value"] == max(max(row["r_val"]) for row in left)
+    with pytest.raises(ConfigError, match="no score 'los', only .*loss"):
+        follow("los")
+    with pytest.raises(ConfigError, match="no data set 'test', only dev"):
+        follow("test/loss")
 
 
 def test_final_stands_for_a_checkpoint_that_is_gone(run):
