@@ -1,8 +1,9 @@
 """Fused operations of the CUDA training step, each beside its plain form: `norm_gelu`, `grouped_conv1d`, codebooks.
 
-Off CUDA, without Triton and with the switch off, the plain form runs; `use_kernels(False)`, `--run.kernels false` or
-the variable SPIDR_HF_KERNELS=0 is that switch. The kernels are in `triton_spidr`. To the compiler each is one opaque
-operator, so none breaks a graph or is compiled anew for another length.
+Off CUDA, where Triton is not installed or cannot start (`kernel_trouble`), and with the switch off, the plain form
+runs; `use_kernels(False)`, `--run.kernels false` or the variable SPIDR_HF_KERNELS=0 is that switch. The kernels are in
+`triton_spidr`. To the compiler each is one opaque operator, so none breaks a graph or is compiled anew for another
+length.
 
 What they save (spidr-base, bf16, 3.8 M samples): under autocast LayerNorm and GELU run apart and in float32, which is
 five times the unavoidable traffic over the extractor's activations; here it is one read and one write, and the backward
@@ -14,7 +15,10 @@ small tensor-core product out of cache, with neither the copies nor the doubled 
 import importlib.util
 import os
 import re
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +45,39 @@ def use_kernels(enabled: bool) -> bool:
 
 def kernels_run(x: Tensor) -> bool:
     """Whether operations on `x` run as kernels."""
-    return _enabled and _available and x.is_cuda and x.dtype in _DTYPES
+    return _enabled and _available and x.is_cuda and x.dtype in _DTYPES and _can_launch()
+
+
+@cache
+def kernel_trouble() -> str | None:
+    """What keeps kernels from running on this process's GPU, in a line, or None. To be asked where there is a GPU.
+
+    Triton builds what launches its kernels with a C compiler and Python's headers, when the first one starts; slim
+    images have neither. It is tried once.
+    """
+    if not _available:
+        return "Triton is not installed (pip install triton)"
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # of the compiler, of a cache that cannot be written, of the driver
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return (
+            f"Triton cannot start: {reason} It needs a C compiler (gcc, or the variable CC), Python's headers "
+            "(python3-dev) and a folder to write to (TRITON_CACHE_DIR)."
+        )
+    return None
+
+
+# A graph that is compiled asks while it is traced, and keeps the answer.
+@torch.compiler.assume_constant_result
+def _can_launch() -> bool:
+    trouble = kernel_trouble()
+    if trouble:
+        # Python shows the same warning from the same line once.
+        warnings.warn(f"Own kernels stay off, plain forms run instead, slower. {trouble}", stacklevel=2)
+    return trouble is None
 
 
 # ---- LayerNorm and GELU
@@ -202,7 +238,7 @@ def _launch_conv(x: Tensor, taps: Tensor, bias: Tensor | None, before: int) -> T
                 groups=groups,
                 width=width,
                 has_bias=bias is not None,
-                precision=_precision(),
+                precision=_precision(x),
                 widen=not x.is_cuda,
                 block_rows=block_rows,
                 block_width=max(16, _power_of_2(width)),
@@ -258,7 +294,7 @@ def _grouped_conv_backward(
                 before=before,
                 groups=groups,
                 width=width,
-                precision=_precision(),
+                precision=_precision(x),
                 widen=not x.is_cuda,
                 block_rows=block_rows,
                 block_width=max(16, _power_of_2(width)),
@@ -320,16 +356,31 @@ def _(targets, codewords):
 
 
 def _nearest_plainly(targets: Tensor, codewords: Tensor, half_norms: Tensor) -> Tensor:
-    precision = torch.get_float32_matmul_precision()
-    switch = targets.is_cuda and precision != "highest"
-    if switch:
-        torch.set_float32_matmul_precision("highest")
+    true_products = _true_float32() if targets.is_cuda else nullcontext()
+    with true_products, torch.autocast(targets.device.type, enabled=False):
+        return torch.baddbmm(half_norms.unsqueeze(1), targets, codewords.transpose(1, 2), alpha=-1).argmin(-1)
+
+
+@contextmanager
+def _true_float32() -> Iterator[None]:
+    """Float32 products on CUDA without TF32, however the process was told to use it."""
+    # The older functions refuse to answer a process that has used the newer settings.
+    newer = torch.backends.cuda.matmul if hasattr(torch.backends.cuda.matmul, "fp32_precision") else None
+    before = torch.get_float32_matmul_precision() if newer is None else newer.fp32_precision
+    if before in ("highest", "ieee", "none"):
+        yield
+        return
     try:
-        with torch.autocast(targets.device.type, enabled=False):
-            return torch.baddbmm(half_norms.unsqueeze(1), targets, codewords.transpose(1, 2), alpha=-1).argmin(-1)
+        if newer is None:
+            torch.set_float32_matmul_precision("highest")
+        else:
+            newer.fp32_precision = "ieee"
+        yield
     finally:
-        if switch:
-            torch.set_float32_matmul_precision(precision)
+        if newer is None:
+            torch.set_float32_matmul_precision(before)
+        else:
+            newer.fp32_precision = before
 
 
 def _nearest_by_kernel(targets: Tensor, codewords: Tensor, half_norms: Tensor) -> Tensor:
@@ -406,14 +457,20 @@ def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _precision() -> str:
-    """Of float32 products: as the process asks of convolutions."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+def _precision(x: Tensor) -> str:
+    """Of products with `x`: of float32 on NVIDIA's as the process asks of convolutions. Others know no TF32."""
+    if x.dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    convolutions = getattr(torch.backends.cudnn, "conv", None)
+    if convolutions is None:
+        return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if convolutions.fp32_precision == "tf32" else "ieee"
 
 
 __all__ = [
     "codeword_statistics",
     "grouped_conv1d",
+    "kernel_trouble",
     "kernels_run",
     "nearest_codewords",
     "norm_gelu",

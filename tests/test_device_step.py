@@ -1,7 +1,7 @@
 """The pretraining step as a GPU needs it: nothing waits for the device, nothing breaks a compiled graph."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -11,6 +11,7 @@ import torch
 from interpreted import need_interpreter, run_kernels_anywhere
 from runs import load_script, pretrain_here, rows, write_audio, write_config
 from tiny import random_mask, tiny_config, tiny_model
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,9 +24,11 @@ from spidr_hf.data.batching import BatchKey, Position
 from spidr_hf.pretraining.config import make_config
 from spidr_hf.pretraining.setup import compile_layers, make_optimizer
 from spidr_hf.pretraining.updates import Updates
+from spidr_hf.system.commands import without_cudnn_attention
 from spidr_hf.system.host_copy import HostCopy
 from spidr_hf.training.checkpoints import TrainerState
 from spidr_hf.training.optimizing import LossScale, scale_and_clip
+from spidr_hf.training.sharding import distribute
 from spidr_hf.training.transfers import BatchMover
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
@@ -238,8 +241,22 @@ def test_attention_has_no_mask_where_nothing_is_padded(monkeypatch):
 
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_attention_is_flash_attention(compiled):
-    """Student with dropout, forward and backward, and teacher: where it cannot run, this context raises."""
+def test_attention_is_flash_attention(compiled, monkeypatch):
+    """Student with dropout, forward and backward, and teacher: it is what PyTorch takes by itself in a command, and
+    where it cannot run, the context raises."""
+    without_cudnn_attention()
+    chosen, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+        chosen.append(torch._fused_sdp_choice(query, key, value, attn_mask, dropout_p, is_causal))
+        return attend(query, key, value, attn_mask, dropout_p, is_causal, **options)
+
+    if not compiled:
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        loop = Loop(SpidrForPretraining(tiny_config(hidden_size=64, **DROPOUT)).cuda().train())
+        loop.update(host_batch(frame_indices(loop.model, 2, 6000), 6000).pin_memory())
+        assert set(chosen) == {SDPBackend.FLASH_ATTENTION.value}
+        monkeypatch.undo()
     loop = Loop(SpidrForPretraining(tiny_config(hidden_size=64, **DROPOUT)).cuda().train())
     if compiled:
         torch._dynamo.reset()
@@ -278,6 +295,53 @@ def test_the_forward_is_one_graph_for_all_lengths(monkeypatch, objective, kernel
         output.loss.backward()
         model.update_teacher(number)
     assert backend.frame_count <= 2
+
+
+def update_of_kind(
+    model: SpidrForPretraining, number: int, samples: int, batch: int, padded: bool, training: bool
+) -> None:
+    """An update, or without `training` a look at the loss, of a batch that may be padded or have one row."""
+    frames = model.spidr._get_feat_extract_output_lengths(samples)
+    masked = torch.arange(frames // 4).expand(batch, -1).contiguous()
+    mask = torch.ones(batch, samples, dtype=torch.bool)
+    mask[0, samples // 2 :] = False
+    model.train(training)
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(batch, samples), mask if padded else None, mask_time_indices=masked).loss
+    if training:
+        loss.backward()
+        model.update_teacher(number)
+        model.zero_grad()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [8, 64])
+def test_no_kind_of_batch_runs_without_being_compiled(limit):
+    """One row or more, padded or not, in training, validation and after the freeze. The compiler's own limit of eight
+    graphs for a piece of code would not do."""
+    torch._dynamo.reset()
+    model, backend = tiny_model(freeze_step=4, **DROPOUT), CompileCounter()
+    batches = [(size, padded, training) for size in (3, 1, 2) for padded in (True, False) for training in (True, False)]
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        compile_layers(model, backend=backend)
+        torch._dynamo.config.recompile_limit = min(limit, torch._dynamo.config.recompile_limit)
+        with pytest.raises(FailOnRecompileLimitHit) if limit == 8 else nullcontext():
+            for number, kind in enumerate(2 * batches, start=1):
+                update_of_kind(model, number, 6000 + 500 * (number % 5), *kind)
+    assert backend.frame_count == 8 or 8 < backend.frame_count <= limit / 2
+
+
+def test_the_pass_over_silence_is_not_compiled(tmp_path):
+    torch._dynamo.reset()
+    backend = CompileCounter()
+    model = tiny_model().train()
+    compile_layers(model, backend=backend)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        distribute(model, SimpleNamespace(num_processes=2, device=torch.device("cpu")))
+        assert backend.frame_count == 0
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_compiled_layers_are_few_graphs_for_all_lengths():

@@ -10,6 +10,7 @@ from spidr_hf import SpidrForPretraining, kernels_spidr
 from spidr_hf.kernels_spidr import (
     codeword_statistics,
     grouped_conv1d,
+    kernel_trouble,
     kernels_run,
     nearest_codewords,
     norm_gelu,
@@ -21,6 +22,7 @@ from spidr_hf.kernels_spidr import (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of bfloat16: half a unit in the last place of the result, and of what the plain form rounds on the way.
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
+ON_GPU = type("OnGpu", (), {"is_cuda": True, "dtype": torch.bfloat16})()
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -170,12 +172,63 @@ def test_the_model_is_the_same_with_and_without(monkeypatch, request, kernel):
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch):
-    on_gpu = type("OnGpu", (), {"is_cuda": True, "dtype": torch.bfloat16})()
     monkeypatch.setattr(kernels_spidr, "_available", True)
-    assert kernels_run(on_gpu) and not kernels_run(torch.zeros(1))
+    monkeypatch.setattr(kernels_spidr, "kernel_trouble", lambda: None)
+    assert kernels_run(ON_GPU) and not kernels_run(torch.zeros(1))
     use_kernels(False)
-    assert not kernels_run(on_gpu)
+    assert not kernels_run(ON_GPU)
     use_kernels(True)
-    assert kernels_run(on_gpu)
+    assert kernels_run(ON_GPU)
     monkeypatch.setattr(kernels_spidr, "_available", False)
-    assert not kernels_run(on_gpu)
+    assert not kernels_run(ON_GPU)
+
+
+@pytest.mark.filterwarnings("ignore:Own kernels stay off")
+@pytest.mark.parametrize("missing", ["compiler", "a compiler that works", "a place for what it makes"])
+def test_where_triton_cannot_start_plain_forms_run(monkeypatch, tmp_path, missing):
+    """Triton's own driver for CUDA is made ready, as before the first kernel; one warning says what is missing."""
+    runtime = pytest.importorskip("triton.runtime", reason="the kernels need Triton: pip install triton")
+    nvidia = pytest.importorskip("triton.backends.nvidia.driver")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(type(runtime.driver), "active", property(lambda self: nvidia.CudaDriver()))
+    monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / ("file" if missing.startswith("a place") else "cache")))
+    if missing == "compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+    else:
+        monkeypatch.setenv("CC", "false")
+    kernel_trouble.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Own kernels stay off.*needs a C compiler") as warned:
+            assert not kernels_run(ON_GPU)
+            assert not kernels_run(ON_GPU)
+        assert "\n" not in str(warned[0].message) and "Triton cannot start: " in kernel_trouble()
+        compiled = torch.compile(lambda x: x + kernels_run(ON_GPU), backend="eager", fullgraph=True)
+        assert compiled(torch.zeros(1)) == 0
+    finally:
+        kernel_trouble.cache_clear()
+
+
+@pytest.mark.parametrize("by", ["torch.backends.fp32_precision", "torch.backends.cuda.matmul.fp32_precision", "older"])
+@pytest.mark.parametrize("value", ["tf32", "ieee"])
+def test_labels_are_float32_however_tf32_was_switched_on(by, value):
+    if by == "older":
+        torch.set_float32_matmul_precision("high" if value == "tf32" else "highest")
+    else:
+        exec(f"{by} = {value!r}")
+    settings = torch.backends.cuda.matmul
+    try:
+        labels = nearest_codewords(tensor(2, 5, 8), tensor(2, 9, 8, seed=1))
+        before = settings.fp32_precision
+        with kernels_spidr._true_float32():
+            assert settings.fp32_precision != "tf32"
+        assert settings.fp32_precision == before == value
+        with pytest.raises(ValueError), kernels_spidr._true_float32():
+            raise ValueError
+        assert settings.fp32_precision == before
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+    assert torch.equal(labels, nearest_codewords(tensor(2, 5, 8), tensor(2, 9, 8, seed=1)))

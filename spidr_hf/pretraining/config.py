@@ -75,7 +75,8 @@ class RunSection:
     compile: bool = option(
         True,
         "compile the transformer layers (CUDA only; ignored on CPU, where it does not pay); what is compiled stays in "
-        "the run's folder, or in TORCHINDUCTOR_CACHE_DIR, for the next start",
+        "the run's folder (with several machines, in the temporary folder of each) or in TORCHINDUCTOR_CACHE_DIR, for "
+        "the next start",
     )
     compile_convolutions: bool = option(
         False,

@@ -28,7 +28,7 @@ from ..training.planning import Line, Plan, duration, size
 from . import curves_picture, hub_push, loaders, memory, start, validation
 from .config import PretrainingConfig
 from .loaders import ExpectedBatches
-from .setup import Learner, make_accelerator, small_batch_note
+from .setup import Learner, choose_kernels, make_accelerator, small_batch_note
 
 # Audio of a timed step on a CPU, in seconds: a whole update of a large config would take minutes.
 _TIMED_SECONDS_CPU = 8.0
@@ -50,6 +50,7 @@ def dry_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) ->
     accelerator, notes = make_accelerator(config, output_dir)
     world_size, is_main = accelerator.num_processes, accelerator.is_main_process
     plan.notes += [note for note in (*notes, *config.notes, small_batch_note(config, world_size)) if note]
+    plan.notes += choose_kernels(config, accelerator)
     model = source = batches = checkpoint = None
     with plan.trying():
         checkpoint = None if fresh else Checkpoints(output_dir / "checkpoints").newest()

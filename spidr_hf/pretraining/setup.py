@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, dropout_seed
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.card import trained_card
-from ..kernels_spidr import use_kernels
+from ..kernels_spidr import kernel_trouble, use_kernels
 from ..modeling_spidr import SpidrForPretraining
 from ..modeling_spidr_pretraining import SpidrForPretrainingOutput
 from ..system.errors import ConfigError, RunFolderError
@@ -40,6 +41,8 @@ _SMALL_BATCH_DECAY = 0.75
 _COLLAPSE_SHARE = 0.25
 # How long processes wait for one that scans audio, or writes to a slow disk. (NCCL by itself: ten minutes.)
 _PATIENCE = timedelta(hours=1)
+# Graphs of a compiled layer, see `compile_layers`.
+_GRAPHS = 64
 
 
 def make_accelerator(config: PretrainingConfig, output_dir: str | Path) -> tuple[Accelerator, list[str]]:
@@ -108,11 +111,41 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.A
     )
 
 
+def choose_code(
+    model: SpidrForPretraining, config: PretrainingConfig, accelerator: Accelerator, folder: Path | None
+) -> list[str]:
+    """Own kernels and compiled layers, as `[run]` asks and this machine can; returns what the user should know.
+
+    Args:
+        folder: where compiled code is kept; None: compile nothing.
+    """
+    if trouble := choose_kernels(config, accelerator):
+        return trouble
+    if folder is None or not config.run.compile:
+        return []
+    if accelerator.device.type != "cuda":
+        return ["`run.compile` has no effect on this device."]
+    keep_compiled(folder)
+    compile_layers(model, convolutions=config.run.compile_convolutions)
+    return []
+
+
+def choose_kernels(config: PretrainingConfig, accelerator: Accelerator) -> list[str]:
+    """Own kernels, as `run.kernels` asks and this machine can; a note where it can neither launch nor compile any."""
+    trouble = kernel_trouble() if accelerator.device.type == "cuda" else None
+    use_kernels(config.run.kernels and trouble is None)
+    if trouble and (config.run.kernels or config.run.compile):
+        return [f"neither own kernels nor compiled layers, which makes steps slower. {trouble}"]
+    return []
+
+
 def compile_layers(model: SpidrForPretraining, convolutions: bool = False, **options: Any) -> None:
     """Compile each transformer layer of student and teacher: one small graph, used many times.
 
     Batches and lengths are symbols from the start, so that no length costs a compilation. `options` go to
-    `torch.compile`.
+    `torch.compile`. All layers are one piece of code to the compiler, which makes a graph of it for each kind of
+    batch: student or teacher, last layer or not, padded or not, one row or more, with gradients or without. Beyond its
+    usual 8 it would run the others as they are; its limit is raised for the process.
 
     Args:
         convolutions: compile feature extractor and positional convolutions, too. Without it they run as what they are
@@ -122,6 +155,7 @@ def compile_layers(model: SpidrForPretraining, convolutions: bool = False, **opt
             and the compiler fuses norm and GELU, or leaves them to the own kernel where that is on.
             `examples/benchmark_cuda.py` times every combination and names the fastest.
     """
+    torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
     for encoder in (model.spidr.encoder, model.teacher):
         for layer in encoder.layers:
             layer.compile(dynamic=True, **options)
@@ -162,9 +196,7 @@ class Learner:
         exclude_parameters(model, config)
         if (checkpoint.state.step if checkpoint else 0) >= model.config.freeze_step:
             model.freeze_feature_encoder()
-        use_kernels(config.run.kernels)
-        if compiled and config.run.compile:
-            self._compile(compiled, config.run.compile_convolutions)
+        self.notes += choose_code(model, config, accelerator, compiled)
         if sharding := sharding_plugin(accelerator):
             shard(model, sharding)
             self.notes.append(f"The model lies in shards on {accelerator.num_processes} processes (FSDP2).")
@@ -215,18 +247,18 @@ class Learner:
         self._distributed = distribute(self.model, self._accelerator)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def _compile(self, folder: Path, convolutions: bool) -> None:
-        if self._accelerator.device.type != "cuda":
-            self.notes.append("`run.compile` has no effect on this device.")
-            return
-        keep_compiled(folder)
-        compile_layers(self.model, convolutions=convolutions)
-
 
 def keep_compiled(folder: Path) -> None:
-    """Where compiled code goes, to be found by the next start; variables that say otherwise hold."""
+    """Where compiled code goes, to be found by the next start; variables that say otherwise hold.
+
+    Of a run on several machines that is a folder on each machine's own disk: on one that they share, processes that
+    begin without compiled code take each other's half-written files.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < int(os.environ.get("WORLD_SIZE", "1")):
+        folder = Path(tempfile.gettempdir(), f"spidr_hf_compiled_{os.getuid()}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute() / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder.absolute() / "triton"))
+    # Not TRITON_CACHE_DIR, in whose place PyTorch has a folder for each GPU, under the one above.
+    os.environ.setdefault("TRITON_HOME", str(folder.absolute()))
 
 
 class CollapseWatch:
@@ -320,6 +352,8 @@ __all__ = [
     "CollapseWatch",
     "Learner",
     "autocast",
+    "choose_code",
+    "choose_kernels",
     "compile_layers",
     "exclude_parameters",
     "keep_compiled",

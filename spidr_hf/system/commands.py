@@ -1,4 +1,4 @@
-"""How every command ends: with one line and a status, whatever went wrong."""
+"""What every command has in common: how it ends, with one line and a status, and whose attention runs on a GPU."""
 
 import errno
 import logging
@@ -24,8 +24,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 def clear_errors(extra: str = "eval") -> Iterator[None]:
     """Ends the command with one line and a non-zero status on bad input, a full disk, or Ctrl-C.
 
-    Where a module is missing, the line names the pip extra that brings it.
+    Where a module is missing, the line names the pip extra that brings it. What runs inside runs
+    `without_cudnn_attention`.
     """
+    without_cudnn_attention()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -46,6 +48,15 @@ def clear_errors(extra: str = "eval") -> Iterator[None]:
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def without_cudnn_attention() -> None:
+    """Leaves attention on CUDA to PyTorch's own flash kernels, for the rest of this process.
+
+    From cuDNN 9.15 on PyTorch prefers cuDNN's on Hopper and Blackwell, which plans every new pair of batch size and
+    length for up to half a second. Batches by length bring hundreds of them, at every start.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def end(message: str) -> NoReturn:
@@ -72,6 +83,7 @@ def training_command() -> Iterator[None]:
     die_with_launcher()
     kill_workers_at_exit()
     prepare_training_process()
+    without_cudnn_attention()
     log_above_bars()
     transformers_logging.disable_progress_bar()
     try:
@@ -89,4 +101,4 @@ def training_command() -> Iterator[None]:
         end("Interrupted before the first step. The same command starts again.")
 
 
-__all__ = ["clear_errors", "describe", "end", "training_command"]
+__all__ = ["clear_errors", "describe", "end", "training_command", "without_cudnn_attention"]

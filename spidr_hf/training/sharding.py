@@ -141,7 +141,9 @@ def distribute(model: SpidrForPretraining, accelerator: Accelerator) -> nn.Modul
     masked = (
         torch.zeros(1, 1, dtype=torch.int64, device=device) if model.spidr.masked_spec_embed.requires_grad else None
     )
-    wrapped(silence, mask_time_indices=masked).loss.backward()
+    # It is like no batch of the run: compiled, it would cost graphs that nothing else uses.
+    with torch.compiler.set_stance("force_eager"):
+        wrapped(silence, mask_time_indices=masked).loss.backward()
     model.discard_statistics()
     model.zero_grad()
     return wrapped

@@ -31,6 +31,33 @@ def submit(*arguments: object, **options) -> subprocess.CompletedProcess:
 # ---- what is submitted
 
 
+def stand_in(folder: Path, name: str, line: str) -> None:
+    (folder / name).write_text(f"#!/bin/bash\n{line}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("given", "cores"),
+    [({}, 1), ({"SLURM_CPUS_ON_NODE": "96"}, 96), ({"SLURM_CPUS_ON_NODE": "96", "SLURM_CPUS_PER_TASK": "24"}, 24)],
+)
+@pytest.mark.parametrize("nvml", [True, False])
+def test_the_cores_and_sockets_of_training_processes(tmp_path, given, cores, nvml):
+    """All cores of the job on the node, however it has them, and each process beside its GPU where that is known."""
+    stand_in(tmp_path, "scontrol", 'if [ "$1" = show ]; then echo n1; else echo " NodeAddr=n1"; fi')
+    launch = 'while [ "$1" != bash ]; do shift; done; exec "$@"'
+    stand_in(tmp_path, "srun", f'echo "srun $@, by GPU: ${{SLURM_CPUS_PER_GPU:-no}}"; {launch}')
+    stand_in(tmp_path, "python", f'if [ "$1" = -c ]; then exit {int(not nvml)}; else echo "python $@"; fi')
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SPIDR_HF": str(FOLDER.parents[1]), "PYTHON": "python"}
+    job = {"SLURM_JOB_ID": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n1"}
+    job |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_GPU": "12", **given}
+    done = subprocess.run(
+        ["bash", FOLDER / "pretrain.sbatch", "--config", "x"], env=environment | job, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert f"--cpus-per-task={cores} " in done.stdout and "by GPU: no" in done.stdout
+    assert ("--enable_cpu_affinity" in done.stdout.split("python ")[-1]) == nvml
+
+
 def test_a_job_per_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     configs = [write_run(tmp_path / name).rename(tmp_path / f"{name}.toml") for name in ("a", "b")]

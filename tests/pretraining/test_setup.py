@@ -1,16 +1,24 @@
 """The parts of a pretraining step: gradient scaling, optimizer groups, loss scale, warnings."""
 
+import os
+import tempfile
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from runs import forget_processes
 from tiny import random_mask, tiny_model
+from torch._inductor.runtime import cache_dir_utils
 
+from spidr_hf.kernels_spidr import use_kernels
+from spidr_hf.pretraining import setup
 from spidr_hf.pretraining.config import make_config
 from spidr_hf.pretraining.setup import (
     CollapseWatch,
     exclude_parameters,
+    keep_compiled,
     make_accelerator,
     make_optimizer,
     small_batch_note,
@@ -23,6 +31,48 @@ from spidr_hf.training.optimizing import LossScale, drop_frozen, scale_and_clip
 
 def config(**sections):
     return make_config({"run": {"model_type": "spidr"}, "data": {"manifest": "x"}, **sections})
+
+
+@pytest.mark.parametrize(("world", "local", "shared"), [(None, None, False), (8, 8, False), (16, 8, True)])
+def test_compiled_code_never_lies_where_machines_share_it(monkeypatch, tmp_path, world, local, shared):
+    for name, value in {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, str(value))
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_HOME", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    keep_compiled(tmp_path / "run")
+    found = [Path(os.environ[name]) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_HOME")]
+    expected = Path(tempfile.gettempdir()) if shared else tmp_path / "run"
+    assert all(path.is_relative_to(expected) for path in found)
+    assert all(path.is_relative_to(tmp_path / "run") != shared for path in found)
+    # PyTorch has a folder of compiled kernels for each GPU, unless it is told of one for all.
+    assert Path(cache_dir_utils.triton_cache_dir(0)) == found[0] / "triton" / "0"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    keep_compiled(tmp_path / "run")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+@pytest.mark.parametrize("trouble", [None, "Triton cannot start: no compiler."])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_kernels_and_compiled_layers_where_they_can_run(monkeypatch, tmp_path, trouble, kernels):
+    compiled = []
+    monkeypatch.setattr(setup, "kernel_trouble", lambda: trouble)
+    monkeypatch.setattr(setup, "keep_compiled", compiled.append)
+    monkeypatch.setattr(setup, "compile_layers", lambda model, convolutions: compiled.append(model))
+    before = use_kernels(True)
+    try:
+        on_gpu = SimpleNamespace(device=torch.device("cuda"))
+        notes = setup.choose_code("model", config(run={"model_type": "spidr", "kernels": kernels}), on_gpu, tmp_path)
+        enabled = use_kernels(True)
+        on_cpu = SimpleNamespace(device=torch.device("cpu"))
+        assert "no effect" in setup.choose_code("model", config(), on_cpu, tmp_path)[0]
+    finally:
+        use_kernels(before)
+    assert enabled == (kernels and trouble is None)
+    assert compiled == ([] if trouble else [tmp_path, "model"])
+    assert len(notes) == (trouble is not None) and all(trouble in note for note in notes)
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1e6])

@@ -3,6 +3,8 @@
 import errno
 
 import pytest
+import torch
+from commands import run_command
 from tqdm import tqdm
 
 from spidr_hf.system.commands import clear_errors, end
@@ -27,6 +29,26 @@ def test_the_last_line_of_a_run(capsys):
     with pytest.raises(SystemExit):
         end("error: x")
     assert capsys.readouterr().err.endswith("\n") and bar.disable
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("extract_units", ["nowhere", "nowhere", "nowhere"]),
+        ("extract_features", ["nowhere", "nowhere", "nowhere"]),
+        ("finetune_ctc", ["nowhere", "nowhere", "nowhere", "--valid", "nowhere"]),
+        ("pretrain", ["--config", "nowhere", "--output-dir", "nowhere"]),
+    ],
+)
+def test_no_command_leaves_attention_to_cudnn(monkeypatch, tmp_path, name, arguments):
+    """It plans anew for every length; PyTorch prefers it on newer GPUs."""
+    monkeypatch.chdir(tmp_path)
+    for function in ("die_with_launcher", "kill_workers_at_exit"):  # not with this process
+        monkeypatch.setattr(f"spidr_hf.system.commands.{function}", lambda: None)
+    monkeypatch.setattr("spidr_hf.examples.finetune_ctc.die_with_launcher", lambda: None)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert run_command(name, *arguments).status != 0
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
