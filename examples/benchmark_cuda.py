@@ -3,6 +3,8 @@
 
     python examples/benchmark_cuda.py --json examples/benchmark_results/NAME.json            # one full batch, bfloat16
     python examples/benchmark_cuda.py --frozen --parts step                                  # as after the freeze
+    python examples/benchmark_cuda.py --parts step --new-lengths                             # as a run's batches are
+    python examples/benchmark_cuda.py --count                                                # without a GPU
     python examples/benchmark_cuda.py --size tiny --batch 2 --seconds 1 --device cpu         # that it works, anywhere
 
 Parts: step (ms, share of the chip's peak, peak memory; with layers, layers and convolutions, or the whole forward
@@ -13,6 +15,9 @@ included), profile (the GPU's busiest kernels in one step), compile (seconds unt
 how many graphs it and other lengths take; a second start shows the cache). At the end `best` says which form of the
 step, of the extractor and of the positional convolutions was the fastest, and how `examples/pretrain.py` is told to
 use it.
+
+--count computes nothing: it counts what the uncompiled step takes on a GPU (operations, bytes read and written, flops,
+memory, values that Python waits for), with a PyTorch for CPUs and a C++ compiler.
 
 A step is all of it: a batch copied from the host, student and teacher, dropout as in the recipe, backward, clipping,
 AdamW, codebooks and teacher, the numbers that a run reports. Several run in a row, as in training, without waiting
@@ -48,6 +53,7 @@ from spidr_hf.kernels_spidr import (
 from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import write_text
 
+from .benchmarks.counting import count_step, pretend_cuda
 from .benchmarks.peers import difference, installed_peers, make_peer
 from .benchmarks.steps import (
     DEFAULT,
@@ -74,6 +80,13 @@ TINY = {
 }
 
 
+# What --count counts: options of `count_step`.
+COUNTED: dict[str, dict[str, bool]] = {
+    "own kernels": {},
+    "padded": {"padded": True},
+    "after the freeze": {"frozen": True},
+    "plain": {"kernels": False},
+}
 OTHER_LENGTHS = (0.9, 0.77, 0.62, 0.5)  # shares of --seconds
 # What tells `examples/pretrain.py` to run in a form.
 SWITCHES = {"": "--run.compile false", "layers": "", "layers and convolutions": "--run.compile_convolutions true"}
@@ -93,8 +106,14 @@ class StepBenchmark:
         model = self.new_model()
         self.samples = int(args.seconds * 16_000)
         self.frames = model.spidr._get_feat_extract_output_lengths(self.samples)
-        # Several, so that no batch is in a cache when its turn comes.
+        # Several, so that no batch is in a cache when its turn comes; every length once, where lengths are to be new.
         self.batches = noise_batches(model, args.batch, self.samples)
+        if args.new_lengths:
+            stride, count = self.config.inputs_to_logits_ratio, (args.rounds + 1) * args.steps
+            lengths = [self.samples - number * stride for number in range(count)]
+            if lengths[-1] < 10 * stride:
+                raise ValueError("--new-lengths: a longer --seconds, or fewer --rounds and --steps.")
+            self.batches = [batch for length in lengths for batch in noise_batches(model, args.batch, length, count=1)]
 
     def new_model(self) -> SpidrForPretraining:
         torch.manual_seed(0)
@@ -353,6 +372,24 @@ class StepBenchmark:
                     self.add("best", "switches of examples/pretrain.py", switches=switches(form))
 
 
+def count(args: argparse.Namespace) -> list[dict]:
+    """Print what a step takes in each of `COUNTED`; returns the rows."""
+    changes = dict(TINY) if args.size == "tiny" else {}
+    if args.layers:
+        changes |= {"num_hidden_layers": args.layers, "num_codebooks": min(args.layers, SpidrConfig().num_codebooks)}
+    rows = []
+    for form, options in COUNTED.items():
+        counted = count_step(SpidrConfig(**changes), args.batch, int(args.seconds * 16_000), **options)
+        row = {"form": form, "operations": counted.operations, "gb": round(counted.moved / 1e9, 2)}
+        row |= {"tflop": round(counted.flops / 1e12, 3), "peak_gib": round(counted.peak / 2**30, 2)}
+        row["values_asked_for"] = counted.reads
+        for part, of_part in counted.parts.items():
+            row[f"{part}: operations"], row[f"{part}: gb"] = of_part.operations, round(of_part.moved / 1e9, 2)
+        rows.append(row)
+        print(f"{form:18}" + "  ".join(f"{key} {value}" for key, value in row.items() if key != "form"), flush=True)
+    return rows
+
+
 def switches(form: Form) -> str:
     """What to add to the command of a run on a GPU, so that it uses this form."""
     if form.compiled not in SWITCHES:
@@ -376,6 +413,9 @@ def main() -> None:
     parser.add_argument("--size", choices=("base", "tiny"), default="base", help="default: base")
     parser.add_argument("--batch", type=int, default=20, help="utterances (20)")
     parser.add_argument("--seconds", type=float, default=11.875, help="their length (11.875: 3.8 M samples in all)")
+    parser.add_argument("--new-lengths", action="store_true", help="another length in every step, none of them twice")
+    parser.add_argument("--count", action="store_true", help="count the step instead of timing it; needs no GPU")
+    parser.add_argument("--layers", type=int, help="with --count: layers of the model (default: those of --size)")
     parser.add_argument("--frozen", action="store_true", help="without training extractor and projection")
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds (10)")
     parser.add_argument("--steps", type=int, default=3, help="steps in a row in each round of the part step (3)")
@@ -387,6 +427,13 @@ def main() -> None:
     if min(args.batch, args.rounds, args.steps, args.top) < 1 or args.seconds < 0.1:
         parser.error("--batch, --rounds, --steps and --top must be at least 1, --seconds at least 0.1")
     with clear_errors():
+        if args.count:
+            pretend_cuda()
+            rows = count(args)
+            if args.json:
+                content = {"command": sys.argv, "torch": torch.__version__, "rows": rows}
+                write_text(args.json, json.dumps(content, indent=1) + "\n")
+            return
         benchmark = StepBenchmark(args)
         machine = describe_machine(benchmark.device)
         print("  ".join(f"{key} {value}" for key, value in machine.items()))

@@ -1,8 +1,9 @@
 """What runs faster on CPUs in another form than PyTorch's own: matrix products, attention, and dropout.
 
 **Products.** On x86 `F.linear` in float32 goes to MKL, which is slower than oneDNN on some CPUs and cannot
-apply the GELU in the same pass. oneDNN is reached by the operator that the compiler uses for it. It has no gradient:
-where one is wanted, `_Product` gives it for float32 (in bfloat16 PyTorch takes oneDNN by itself). A module that is
+apply the GELU in the same pass; `_FLOAT32` has the faster one by processor. oneDNN is reached by the operator that the
+compiler uses for it. It has no gradient: where one is wanted, `_Product` gives it for float32 (in bfloat16 PyTorch
+takes oneDNN by itself). A module that is
 more than a plain `nn.Linear` (quantised, wrapped, offloaded, with hooks) is called, and computes the same products.
 
 **Attention.** Two batched products, where PyTorch's fused form has no fast one: see `attends_by_products`.
@@ -12,6 +13,8 @@ bits of a random integer decide as well: the rate is rounded to a multiple of 1/
 """
 
 import platform
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +23,47 @@ from torch import Tensor, nn
 from .plain_spidr import are_ordinary, call, is_plain, is_untouched, plain_mode
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Which library multiplies float32 matrices faster, by vendor and instruction set; oneDNN where nothing is measured.
+# The time of a forward pass of spidr-base with oneDNN's over that with MKL's, one thread, PyTorch 2.13:
+_FLOAT32 = {
+    ("GenuineIntel", "AVX512"): "MKL",  # Sapphire Rapids: 2 x 6 s of audio 1.10, 4 x 10 s 1.09, 60 s 1.00
+    ("AuthenticAMD", "AVX512"): "oneDNN",  # EPYC: 2 x 6 s 0.92
+}
 _LEVELS = 1 << 16
 _PIECE_ROWS = 512
 _LONGEST_PRODUCT_ATTENTION = 1024  # frames; beyond, the fused form's smaller memory makes it as fast
 
 
+@cache
+def _processor() -> tuple[str, str]:
+    """Vendor and widest instruction set that PyTorch uses, as processors and PyTorch call them."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
+            vendor = next(line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
+    except (OSError, StopIteration):  # other systems
+        vendor = next((name for name in ("GenuineIntel", "AuthenticAMD") if name in platform.processor()), "")
+    return vendor, torch.backends.cpu.get_cpu_capability()
+
+
+def product_library(dtype: torch.dtype) -> str:
+    """What multiplies matrices of `dtype` (float32 or bfloat16) on this CPU: "oneDNN", or "PyTorch" as it sees fit.
+
+    Processor and settings of the process decide, never a measurement: results must not depend on what else runs.
+    """
+    return "oneDNN" if _onednn(dtype) else "PyTorch"
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AMX, or AVX-512 with BF16), and PyTorch lets it."""
+    return _onednn(torch.bfloat16) and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
 def _onednn(dtype: torch.dtype = torch.float32) -> bool:
-    """Whether oneDNN is here for products of `dtype` (float32 or bfloat16), and the process has not switched it off."""
+    """Whether products of `dtype` (float32 or bfloat16) go to oneDNN: it is here, the process has not switched it off,
+    and on this processor it is not the slower one."""
     return (
         _X86
+        and (dtype != torch.float32 or _FLOAT32.get(_processor(), "oneDNN") == "oneDNN")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -258,11 +293,13 @@ __all__ = [
     "fast_product",
     "fast_products",
     "gelu_in_place",
+    "has_fast_bfloat16",
     "linear",
     "onednn_takes",
     "product",
     "product_attention",
     "product_dtype",
+    "product_library",
     "products_attend_faster",
     "reads_faster_in_one_piece",
     "row_pieces",

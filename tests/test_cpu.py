@@ -18,6 +18,7 @@ from spidr_hf.cpu_spidr import (
     gelu_in_place,
     linear,
     product_attention,
+    product_library,
     row_pieces,
     strided_convolution,
 )
@@ -25,6 +26,35 @@ from spidr_hf.layers_spidr import conv1d_channels_last, masked_var_mean
 
 needs_onednn = pytest.mark.skipif(not cpu_spidr._onednn(), reason="this PyTorch or CPU has no oneDNN products")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize(
+    ("vendor", "instructions", "library"),
+    [
+        ("GenuineIntel", "AVX512", "PyTorch"),
+        ("GenuineIntel", "AVX2", "oneDNN"),  # nothing measured
+        ("AuthenticAMD", "AVX512", "oneDNN"),
+        ("HygonGenuine", "AVX2", "oneDNN"),
+        ("", "DEFAULT", "oneDNN"),
+    ],
+)
+@needs_onednn
+def test_the_processor_decides_who_multiplies(monkeypatch, vendor, instructions, library):
+    monkeypatch.setattr(cpu_spidr, "_processor", lambda: (vendor, instructions))
+    x, module = torch.randn(5, 8), nn.Linear(8, 4).requires_grad_(False)
+    assert product_library(torch.float32) == library
+    assert fast_products(x, module.weight, module.bias) == (library == "oneDNN")
+    torch.testing.assert_close(linear(module, x), module(x))
+    if cpu_spidr._onednn(torch.bfloat16):
+        assert product_library(torch.bfloat16) == "oneDNN"
+
+
+@pytest.mark.parametrize(("text", "vendor"), [("processor: 0\nvendor_id\t: GenuineIntel\n", "GenuineIntel"), ("", "")])
+def test_the_processor_is_what_the_system_says(monkeypatch, tmp_path, text, vendor):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(cpu_spidr, "Path", lambda name: tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu_spidr.platform, "processor", lambda: "")
+    assert cpu_spidr._processor.__wrapped__() == (vendor, torch.backends.cpu.get_cpu_capability())
 
 
 @pytest.fixture

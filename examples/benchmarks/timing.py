@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from spidr_hf.configuration_spidr import SpidrConfig, frame_lengths
-from spidr_hf.cpu_spidr import fast_product, fast_products
+from spidr_hf.cpu_spidr import fast_product, fast_products, product_library
 
 # Dense bfloat16 products, in 10^12 operations per second, as the manufacturer states them.
 GPU_PEAKS = {
@@ -207,8 +207,12 @@ def _peak_of_process() -> int:
 def describe_machine(device: torch.device) -> dict[str, object]:
     """What the numbers were measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    products = {}
+    if device.type == "cpu":
+        products = {f"{kind}_products": product_library(getattr(torch, kind)) for kind in ("float32", "bfloat16")}
     return {
         "device": name,
+        **products,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,

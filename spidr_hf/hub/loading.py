@@ -10,11 +10,20 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from ..cpu_spidr import has_fast_bfloat16
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..modeling_spidr import SpidrConfig, SpidrPreTrainedModel
 from .published import model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def fast_dtype(device: torch.device | str) -> str:
+    """The name of the dtype in which a model runs fastest: bfloat16 where the device multiplies it in hardware."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if device.type == "cpu" and has_fast_bfloat16() else "float32"
 
 
 @contextmanager
@@ -53,8 +62,12 @@ def load_model(
 ) -> tuple[PreTrainedModel, SpidrFeatureExtractor]:
     """Model in eval mode and its feature extractor.
 
+    Args:
+        dtype: one of `DTYPES`, or "auto" for `fast_dtype`.
+
     Raises `ValueError` for what is no SpidR or DinoSR model, and for one without the weights that the class needs.
     """
+    dtype = fast_dtype(device) if dtype == "auto" else dtype
     with loading(name, revision) as place:
         model, found = model_class.from_pretrained(
             place, revision=revision, dtype=DTYPES[dtype], output_loading_info=True
@@ -94,4 +107,4 @@ def run_hint(folder: str | Path) -> str:
     return f" It is the folder of a run: give {' or '.join(names)}{', for example' if len(inside) > 2 else ''}."
 
 
-__all__ = ["DTYPES", "load_feature_extractor", "load_model", "loading", "run_hint"]
+__all__ = ["DTYPES", "fast_dtype", "load_feature_extractor", "load_model", "loading", "run_hint"]

@@ -49,7 +49,13 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace results of other options or other data in OUT_DIR"
     )
     group = parser.add_argument_group("computing")
-    group.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="what the model computes in")
+    group.add_argument(
+        "--dtype",
+        choices=["auto", *sorted(DTYPES)],
+        default="float32",
+        help="what the model computes in; auto: bfloat16 where the processor or GPU has it in hardware, which moves a "
+        "few units (default: %(default)s)",
+    )
     group.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
     group.add_argument("--batch-seconds", type=float, help="audio per batch (default: 60; 600 on a GPU)")
     group.add_argument(
@@ -133,7 +139,7 @@ def extract_to(
         "data": str(Path(args.data).resolve()) if Path(args.data).exists() else args.data,
         "window_seconds": args.window_seconds,
         "context_seconds": args.context_seconds,
-        "dtype": args.dtype,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "resample": args.resample or None,
         "resampler": resampler_name() if args.resample else None,
         "resampler_version": version("soxr") if args.resample else None,

@@ -5,7 +5,8 @@ import torch
 from tiny import tiny_model
 
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
-from spidr_hf.hub.loading import load_feature_extractor, load_model
+from spidr_hf.hub import loading
+from spidr_hf.hub.loading import fast_dtype, load_feature_extractor, load_model
 from spidr_hf.training.checkpoints import Checkpoints, TrainerState
 
 
@@ -21,6 +22,17 @@ def run(tmp_path):
     for step in (9, 10):
         checkpoints.save(TrainerState(step=step), model, torch.optim.AdamW(model.parameters()), wait=True)
     return tmp_path / "run"
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_auto_is_bfloat16_where_the_processor_has_it(run, monkeypatch, hardware):
+    monkeypatch.setattr(loading, "has_fast_bfloat16", lambda: hardware)
+    model, _ = load_model(SpidrForPretraining, str(run / "checkpoints" / "step_10"), dtype="auto")
+    assert model.dtype == (torch.bfloat16 if hardware else torch.float32)
+    assert load_model(SpidrForPretraining, str(run / "checkpoints" / "step_10"))[0].dtype == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: hardware)
+    assert fast_dtype("cuda") == fast_dtype("cpu") == ("bfloat16" if hardware else "float32")
+    assert fast_dtype("mps") == "float32"
 
 
 def test_a_checkpoint_is_a_model(run):
