@@ -50,6 +50,7 @@ def main() -> None:
     add_extraction_arguments(parser)
     parser.add_argument("--deduplicate", action="store_true", help="collapse repeats, and write their durations")
     parser.add_argument("--key", choices=FILE_KEYS, help="what the utterance is called in a line (default: file)")
+    parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of units (default: jsonl)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--kmeans", type=Path, metavar="FILE", help="k-means of train_kmeans.py")
     what.add_argument("--teacher", action="store_true", help="labels of teacher and codebooks")
@@ -86,8 +87,8 @@ def main() -> None:
             outputs = (teacher_outputs if args.teacher else unit_outputs)(model, layers)
             name = "teacher labels" if args.teacher else "codebook predictions"
             kind = {"kind": name, "num_units": model.config.codebook_size}
-        collapse = args.deduplicate
-        extract_to(UnitStore, args, layout, model, feature_extractor, layers, outputs, kind, collapse=collapse)
+        form = {"collapse": args.deduplicate, "suffix": f".{args.format}"}
+        extract_to(UnitStore, args, layout, model, feature_extractor, layers, outputs, kind, **form)
 
 
 if __name__ == "__main__":

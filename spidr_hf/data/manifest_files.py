@@ -1,4 +1,4 @@
-"""The files that manifests are read from and written to: CSV, JSON lines, fairseq TSV."""
+"""The files that manifests are read from and written to: CSV, JSON lines, Parquet, fairseq TSV."""
 
 import csv
 import json
@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.json
+import pyarrow.parquet
 
 from ..system.errors import ManifestError
 
@@ -48,6 +49,11 @@ def read_jsonl(path: Path) -> tuple[pa.Table, Path]:
     ), path.parent
 
 
+def read_parquet(path: Path) -> tuple[pa.Table, Path]:
+    names = pyarrow.parquet.read_schema(path).names
+    return pyarrow.parquet.read_table(path, columns=[name for name in SCHEMA.names if name in names]), path.parent
+
+
 def read_tsv(path: Path) -> tuple[pa.Table, Path]:
     with open(path, encoding="utf-8") as file:
         root = file.readline().rstrip("\r\n")
@@ -83,4 +89,4 @@ def write_jsonl(file: IO[str], table: pa.Table) -> None:
         file.write(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n")
 
 
-__all__ = ["SCHEMA", "read_csv", "read_jsonl", "read_tsv", "rows_of", "write_csv", "write_jsonl"]
+__all__ = ["SCHEMA", "read_csv", "read_jsonl", "read_parquet", "read_tsv", "rows_of", "write_csv", "write_jsonl"]

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
+import pyarrow.parquet
 from tqdm import tqdm
 
 from ..system.errors import AudioError, ManifestError
@@ -26,7 +27,7 @@ from ..system.files import replaced_file
 from ..system.messages import shown
 from .audio import AudioFile, Member, Source, audio_suffixes, read_audio, read_info, read_window, unreadable_suffixes
 from .containers import FileWindow, tar_members
-from .manifest_files import SCHEMA, read_csv, read_jsonl, read_tsv, rows_of, write_csv, write_jsonl
+from .manifest_files import SCHEMA, read_csv, read_jsonl, read_parquet, read_tsv, rows_of, write_csv, write_jsonl
 from .sources import Skipped
 
 _TAR_COLUMNS = ("archive", "byte_offset", "byte_size")
@@ -122,7 +123,7 @@ class Manifest:
         return f"{len(self)}-{checksum:08x}"
 
     def write(self, path: str | Path) -> None:
-        """Write a manifest file (`.csv`, `.jsonl` or `.tsv`); an interrupted write leaves nothing behind.
+        """Write a manifest file (`.csv`, `.jsonl`, `.parquet` or `.tsv`); an interrupted write leaves nothing behind.
 
         Paths below the file's folder are written relative to it, others as absolute paths.
         """
@@ -132,8 +133,12 @@ class Manifest:
             ".jsonl": write_jsonl,
             ".tsv": self._write_tsv,
         }
+        if path.suffix == ".parquet":
+            with replaced_file(path) as partial:
+                pyarrow.parquet.write_table(self._relative_to(path.absolute().parent), partial)
+            return
         if path.suffix not in writers:
-            raise ManifestError(f"{path}: a manifest is written as .csv, .jsonl or .tsv.")
+            raise ManifestError(f"{path}: a manifest is written as .csv, .jsonl, .parquet or .tsv.")
         if path.suffix == ".tsv" and "archive" in self.table.column_names:
             raise ManifestError(f"{path}: fairseq's TSV has no place for byte offsets in a tar. Write .csv or .jsonl.")
         table = self.table if path.suffix == ".tsv" else self._relative_to(path.absolute().parent)
@@ -263,13 +268,13 @@ def open_manifest(
 
 
 def read_manifest(path: str | Path, *, resample: bool = False) -> Manifest:
-    """Manifest file in one of the formats `.csv`, `.jsonl` (same columns) or `.tsv` (fairseq)."""
+    """Manifest file in one of the formats `.csv`, `.jsonl`, `.parquet` (same columns) or `.tsv` (fairseq)."""
     path = Path(path)
-    readers = {".csv": read_csv, ".jsonl": read_jsonl, ".json": read_jsonl, ".tsv": read_tsv}
+    readers = {".csv": read_csv, ".jsonl": read_jsonl, ".json": read_jsonl, ".parquet": read_parquet, ".tsv": read_tsv}
     if path.suffix.lower() not in readers:
         raise ManifestError(
-            f"{path}: unknown kind of data. Manifests end in .csv, .jsonl or .tsv; audio comes as a folder or as a "
-            ".tar without compression."
+            f"{path}: unknown kind of data. Manifests end in .csv, .jsonl, .parquet or .tsv; audio comes as a folder "
+            "or as a .tar without compression."
         )
     try:
         table, root = readers[path.suffix.lower()](path)

@@ -23,7 +23,7 @@ from ..data.sources import AudioSource
 from ..system.files import replaced_file, write_text
 from ..system.messages import shown
 from .extractor import Extractor
-from .unit_files import FILE_KEYS, provenance_path, write_units
+from .unit_files import FILE_KEYS, UNIT_SUFFIXES, UnitRows, provenance_path, unit_rows, write_units
 
 LAYOUTS = ("plain", "discophon", "fastabx")
 # What a result depends on; anything else in a sidecar may differ between a file and the run that resumes with it.
@@ -88,10 +88,10 @@ class Layout:
         """What the utterance is called in a line of units."""
         return self.key or ("audio" if self.name == "fastabx" else "file")
 
-    def units_path(self, root: Path, layer: int) -> Path:
+    def units_path(self, root: Path, layer: int, suffix: str = ".jsonl") -> Path:
         """The units of one layer."""
         name = f"units-{self.language}-{self.split}.jsonl" if self.name == "discophon" else "units.jsonl"
-        return root / str(layer) / name
+        return root / str(layer) / Path(name).with_suffix(suffix)
 
     def features_folder(self, root: Path, layer: int) -> Path:
         """The folder of one layer's features."""
@@ -210,9 +210,14 @@ class UnitStore(Store):
     """Units, one file per layer; `collapse` deduplicates them, with durations. The other arguments are `Store`'s."""
 
     collapse: bool = False
+    suffix: str = ".jsonl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.suffix not in UNIT_SUFFIXES:
+            raise ValueError(f"Units are written as {' or '.join(UNIT_SUFFIXES)}, not {self.suffix!r}.")
+        if self.suffix != ".jsonl" and self.layout.name != "plain":
+            raise ValueError(f"{self.layout.name} reads JSON lines: leave --format out, or use the plain layout.")
         if self.collapse and self.layout.name != "plain":
             raise ValueError(
                 f"{self.layout.name} reads one unit per frame: leave --deduplicate out, or use the plain layout."
@@ -232,7 +237,10 @@ class UnitStore(Store):
             for name, fileid, samples in zip(self.names, self.fileids, source.num_samples, strict=True)
         }
         for layer in self.layers:
-            path = self.layout.units_path(self.root, layer)
+            path = self.layout.units_path(self.root, layer, self.suffix)
+            for suffix in set(UNIT_SUFFIXES) - {self.suffix}:
+                if (other := path.with_suffix(suffix)).exists():
+                    raise ValueError(f"{other} is there: give another OUT_DIR for units as {self.suffix[1:]}.")
             if not path.exists():
                 continue
             try:
@@ -250,11 +258,10 @@ class UnitStore(Store):
 
     def _check_form(self, path: Path) -> None:
         """Raises `ValueError` where the same units are there in another form of lines, which would be replaced."""
-        with path.open("rb") as lines:
-            try:
-                row = json.loads(lines.readline() or b"{}")
-            except ValueError:
-                row = {}
+        try:
+            row = json.loads(next(unit_rows(path), b"{}"))
+        except ValueError:
+            row = {}
         if "units" in row and self.layout.file_key not in row:
             found = next((key for key in FILE_KEYS if key in row), None)
             form = f"in which the utterance is called {found!r}, not {self.layout.file_key!r}"
@@ -277,7 +284,7 @@ class UnitStore(Store):
         for layer in self.layers:
             if not self._places[layer]:
                 continue
-            path = self.layout.units_path(self.root, layer)
+            path = self.layout.units_path(self.root, layer, self.suffix)
             provenance = {**self.provenance, "layer": layer, "layout": self.layout.name}
             write_units(path, self._pairs(layer), provenance, collapse=self.collapse, key=self.layout.file_key)
             files.append(path)
@@ -289,32 +296,28 @@ class UnitStore(Store):
         """Note where the units of each utterance lie in a journal or a units file, but those of another length."""
         # Unit files may call utterances otherwise than journals do.
         names: dict[str | None, str] = {} if expected is None else {self._written_name(name): name for name in expected}
-        offset = 0
-        with path.open("rb") as lines:
-            for line in lines:
-                written, units = _units_of(line, layers)
-                name: Any = names.get(written, written)
-                if complain and name is not None and name not in (expected or ()):
-                    raise ValueError(
-                        f"{path} holds units of {name!r}, which is not among the data: give another OUT_DIR, or "
-                        "--overwrite to replace them."
-                    )
-                for layer, values in units.items():
-                    if expected is None or expected.get(name) == len(values):
-                        self._places[layer][name] = (path, offset)
-                offset += len(line)
+        for place, line in UnitRows.places(path):
+            written, units = _units_of(line, layers)
+            name: Any = names.get(written, written)
+            if complain and name is not None and name not in (expected or ()):
+                raise ValueError(
+                    f"{path} holds units of {name!r}, which is not among the data: give another OUT_DIR, or "
+                    "--overwrite to replace them."
+                )
+            for layer, values in units.items():
+                if expected is None or expected.get(name) == len(values):
+                    self._places[layer][name] = (path, place)
 
     def _pairs(self, layer: int) -> Iterator[tuple[str, np.ndarray]]:
-        files: dict[Path, IO[bytes]] = {}
+        files: dict[Path, UnitRows] = {}
         try:
             for name in self.names:
                 if name not in self._places[layer]:
                     continue
-                path, offset = self._places[layer][name]
+                path, place = self._places[layer][name]
                 if path not in files:
-                    files[path] = path.open("rb")
-                files[path].seek(offset)
-                _, units = _units_of(files[path].readline(), [layer])
+                    files[path] = UnitRows(path)
+                _, units = _units_of(files[path].at(place), [layer])
                 if layer not in units:
                     raise OSError(f"{path} changed while it was read. Start the command again.")
                 yield self._written_name(name), units[layer]

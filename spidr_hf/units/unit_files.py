@@ -7,21 +7,27 @@ Repeats are kept unless `deduplicate` is called.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
 from .. import __version__
 from ..system.files import replaced_file, write_text
+from ..system.messages import one_line
 from .extractor import Extractor, unit_layers, unit_outputs
 
 # What the utterance is called in unit files: DiscoPhon's name, fastabx's default, and a common third.
 FILE_KEYS = ("file", "audio", "name")
+UNIT_SUFFIXES = (".jsonl", ".parquet")
+_ROWS = 1000  # utterances in a row group of a Parquet file
 
 
 def predict_units(
@@ -99,12 +105,13 @@ def write_units(
     key: str = "file",
 ) -> None:
     """
-    Write units as JSON lines, `{"file": fileid, "units": [...]}`, and beside them how they were made.
+    Write units as JSON lines, `{"file": fileid, "units": [...]}`, or as Parquet with these columns, and
+    beside them how they were made.
 
     Both files appear complete or not at all; existing ones are replaced.
 
     Args:
-        path: The JSON lines file. Its folder is made if need be.
+        path: The file; `.parquet` makes it Parquet, anything else JSON lines. Its folder is made if need be.
         units: The units of each utterance, one per frame, by file id; pairs may come one by one.
         provenance: What made them: model, layer, options. The version of this package, the time and the number of
             utterances and frames are added.
@@ -114,7 +121,7 @@ def write_units(
     path = Path(path)
     utterances = frames = 0
     with replaced_file(path) as partial:
-        with partial.open("w", encoding="utf-8") as file:
+        with _writer(path.suffix, partial, key, collapse) as write:
             for fileid, sequence in units.items() if isinstance(units, Mapping) else units:
                 values = torch.as_tensor(sequence)
                 if values.ndim != 1 or not len(values) or values.is_floating_point() or values.min() < 0:
@@ -125,7 +132,7 @@ def write_units(
                 row: dict[str, Any] = {key: fileid, "units": values.tolist()}
                 if collapse:
                     row["units"], row["durations"] = deduplicate(values)
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                write(row)
         sidecar = {
             **provenance,
             "deduplicated": collapse,
@@ -138,27 +145,97 @@ def write_units(
         write_text(provenance_path(path), json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextmanager
+def _writer(suffix: str, path: Path, key: str, collapse: bool) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """Writes rows one by one, as JSON lines or into a Parquet file."""
+    if suffix != ".parquet":
+        with path.open("w", encoding="utf-8") as file:
+            yield lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return
+    lists = {name: pa.list_(pa.int64()) for name in (("units", "durations") if collapse else ("units",))}
+    schema = pa.schema({key: pa.string(), **lists})
+    with pq.ParquetWriter(path, schema) as writer:
+        rows: list[dict[str, Any]] = []
+
+        def write(row: dict[str, Any]) -> None:
+            rows.append(row)
+            if len(rows) == _ROWS:
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                rows.clear()
+
+        yield write
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def unit_rows(path: Path) -> Iterator[bytes]:
+    """The lines of a units file; of a Parquet file what they would be."""
+    if path.suffix != ".parquet":
+        with path.open("rb") as lines:
+            yield from lines
+        return
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(_ROWS):
+            yield from (json.dumps(row).encode() + b"\n" for row in batch.to_pylist())
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} cannot be read as units ({one_line(error)}).") from error
+
+
+class UnitRows:
+    """The lines of a units file in any order: at byte offsets, of a Parquet file at the rows' numbers."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("rb")
+        self._parquet = pq.ParquetFile(self._file) if path.suffix == ".parquet" else None
+        self._group, self._lines = -1, list[bytes]()
+        if self._parquet is not None:
+            metadata = self._parquet.metadata
+            counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            self._starts = np.cumsum([0, *counts])
+
+    def at(self, place: int) -> bytes:
+        """The line that begins at a place of `places`."""
+        if self._parquet is None:
+            self._file.seek(place)
+            return self._file.readline()
+        group = int(np.searchsorted(self._starts, place, side="right")) - 1
+        if group != self._group:
+            self._group = group
+            self._lines = [json.dumps(row).encode() for row in self._parquet.read_row_group(group).to_pylist()]
+        return self._lines[place - int(self._starts[group])]
+
+    @staticmethod
+    def places(path: Path) -> Iterator[tuple[int, bytes]]:
+        """Every line with its place."""
+        place = 0
+        for line in unit_rows(path):
+            yield place, line
+            place += 1 if path.suffix == ".parquet" else len(line)
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def read_units(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
-    Units of a JSON lines file by file id (one of the keys `FILE_KEYS`), one per frame: int64 arrays. Where the file
-    has `durations`, repeats are put back.
+    Units of a JSON lines or Parquet file by file id (one of the keys `FILE_KEYS`), one per frame: int64 arrays. Where
+    the file has `durations`, repeats are put back.
     """
     units: dict[str, np.ndarray] = {}
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                fileid = str(row[next((key for key in FILE_KEYS if key in row), "file")])
-                values = np.array(row["units"], dtype=np.int64)
-                if "durations" in row:
-                    values = np.repeat(values, row["durations"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f'{path}, line {number} is not of the form {{"file": "...", "units": [1, 2, ...]}} ({error!r}).'
-                ) from error
-            if fileid in units:
-                raise ValueError(f"{path}, line {number}: the file id {fileid!r} was there before.")
-            units[fileid] = values
+    for number, line in enumerate(unit_rows(Path(path)), start=1):
+        try:
+            row = json.loads(line)
+            fileid = str(row[next((key for key in FILE_KEYS if key in row), "file")])
+            values = np.array(row["units"], dtype=np.int64)
+            if "durations" in row:
+                values = np.repeat(values, row["durations"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f'{path}, line {number} is not of the form {{"file": "...", "units": [1, 2, ...]}} ({error!r}).'
+            ) from error
+        if fileid in units:
+            raise ValueError(f"{path}, line {number}: the file id {fileid!r} was there before.")
+        units[fileid] = values
     return units
 
 
@@ -170,7 +247,7 @@ def unit_files(path: Path) -> dict[int | None, Path]:
         raise ValueError(f"{path}: no such file or folder of units (`examples/extract_units.py` makes them).")
     files: dict[int | None, Path] = {}
     for folder in sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)):
-        found = sorted(folder.glob("units*.jsonl"))
+        found = sorted(path for suffix in UNIT_SUFFIXES for path in folder.glob(f"units*{suffix}"))
         if len(found) > 1:
             raise ValueError(f"{folder} holds {len(found)} files of units: give one of them.")
         if found:
@@ -190,6 +267,8 @@ def known_units(path: Path) -> int | None:
 
 __all__ = [
     "FILE_KEYS",
+    "UNIT_SUFFIXES",
+    "UnitRows",
     "deduplicate",
     "describe_model",
     "known_units",
@@ -197,5 +276,6 @@ __all__ = [
     "provenance_path",
     "read_units",
     "unit_files",
+    "unit_rows",
     "write_units",
 ]

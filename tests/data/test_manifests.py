@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet
 import pytest
 import soundfile
 
@@ -430,3 +431,17 @@ def test_every_cut_of_a_tar_is_told(two):
             assert "cut off" in str(error)
         else:  # between two members nothing shows that there was more
             assert length % 512 == 0 and len(found) == 1
+
+
+def test_parquet(audio, tmp_path):
+    for name, manifest in {"a": scan_folder(audio, progress=False), "b": scan_tar(audio.parent / "all.tar")}.items():
+        manifest.write(tmp_path / f"{name}.parquet")
+        same(open_manifest(tmp_path / f"{name}.parquet"), manifest)
+    more = pyarrow.parquet.read_table(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(more.append_column("speaker", pa.array(["x"] * 3)), tmp_path / "c.parquet")
+    assert len(open_manifest(tmp_path / "c.parquet")) == 3
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 nothing")
+    pyarrow.parquet.write_table(pa.table({"audio": ["x"]}), tmp_path / "e.parquet")
+    for name, message in (("d", "cannot be read as a manifest"), ("e", "has no column path, num_samples")):
+        with pytest.raises(ManifestError, match=message):
+            open_manifest(tmp_path / f"{name}.parquet")

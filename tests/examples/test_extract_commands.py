@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -26,7 +27,7 @@ from spidr_hf.units.extraction_run import Shard
 from spidr_hf.units.extractor import Extractor
 from spidr_hf.units.kmeans import feature_files
 from spidr_hf.units.stores import Layout, UnitStore
-from spidr_hf.units.unit_files import predict_units, read_units
+from spidr_hf.units.unit_files import predict_units, read_units, unit_files
 
 
 @pytest.fixture(scope="module")
@@ -546,3 +547,26 @@ def test_what_is_no_part(monkeypatch, model_folder, data, tmp_path, text):
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     with pytest.raises(argparse.ArgumentTypeError, match=r"is no part|needs a job array"):
         parse_shard(text)
+
+
+@pytest.mark.parametrize("options", [(), ("--deduplicate",), ("--key", "audio")])
+def test_units_as_parquet(model_folder, data, expected, tmp_path, options):
+    arguments = ("extract_units", model_folder, data, tmp_path / "out", "--layers", 4, "--format", "parquet", *options)
+    assert run_command(*arguments).status == 0
+    path = tmp_path / "out" / "4" / "units.parquet"
+    assert list(unit_files(tmp_path / "out").values()) == [path]
+    assert {name: units.tolist() for name, units in read_units(path).items()} == {
+        name: layers[4] for name, layers in expected.items()
+    }
+    # It holds what the JSON lines hold, and is found again, also when some of it is missing.
+    assert run_command(*arguments[:3], tmp_path / "lines", "--layers", 4, *options).status == 0
+    assert pq.read_table(path).to_pylist() == rows(tmp_path / "lines" / "4" / "units.jsonl")
+    again = run_command(*arguments)
+    assert "0 utterances computed" in again.out and "9 were there before" in again.out
+    part = pq.read_table(path).slice(0, 5)
+    pq.write_table(part, path, row_group_size=2)
+    assert "4 utterances computed" in run_command(*arguments).out
+    assert pq.read_table(path).to_pylist() == rows(tmp_path / "lines" / "4" / "units.jsonl")
+    fails(run_command(*arguments[:6], *options), "units.parquet is there: give another OUT_DIR")
+    path.write_bytes(path.read_bytes()[:100])
+    fails(run_command(*arguments), "cannot be read as units")
