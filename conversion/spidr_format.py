@@ -133,6 +133,11 @@ def config_to_spidr(config: SpidrConfig) -> dict[str, Any]:
             "SpidR's format cannot hold this model: its single positional convolution has no norm after it "
             "(`conv_pos_norm` is False, from a fairseq checkpoint with pos_conv_depth = 1)."
         )
+    if config.objective not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise ConversionError(
+            f"SpidR's format cannot hold this model: its objective is {config.objective}, not {known}."
+        )
     try:
         return {"run": {"model_type": config.objective}, "model": to_model_section(config)}
     except ValueError as error:

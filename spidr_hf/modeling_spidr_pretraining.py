@@ -223,7 +223,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         if rows.numel() == 0:
             raise ValueError("`mask_time_indices` masks no frame, so there is nothing to predict.")
 
-        targets = self._targets(projected, lengths, rows)
+        targets = get_objective(config.objective).targets(self, projected, lengths, rows)
         labels = self.codebooks(targets)
 
         student = F.dropout(projected, config.feat_proj_dropout, self.training)
@@ -258,7 +258,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         )
 
     @torch.no_grad()
-    def _targets(self, projected: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
+    def teacher_targets(self, projected: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
         """Normalised teacher representations of the frames `rows`: K x N x H, float32 (arXiv 2305.10005, eq. 2)."""
         output = self.teacher(
             projected.detach().to(self.teacher.layer_norm.weight.dtype),
@@ -275,7 +275,9 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         features, lengths = self.spidr.extract_features(input_values, attention_mask)
         batch, length, _ = features.shape
         rows = torch.arange(batch * length, device=features.device)
-        labels = self.codebooks(self._targets(self.spidr.project(features), lengths, rows))
+        labels = self.codebooks(
+            get_objective(self.config.objective).targets(self, self.spidr.project(features), lengths, rows)
+        )
         return _fill_padding(labels.view(-1, batch, length).transpose(0, 1), frame_mask(lengths, length))
 
     def _count_forward(self) -> None:

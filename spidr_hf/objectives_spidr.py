@@ -1,15 +1,17 @@
 """Pretraining objectives: what SpidR (arXiv 2512.20308) and DinoSR (arXiv 2305.10005) do differently, a class each.
 
-Everything that depends on the objective asks `get_objective(config.objective)`: what a prediction head reads, and with
-it which norm no gradient reaches and what training keeps in memory; how the teacher's decay moves; what cards and
-configs say. A further objective is a subclass, registered; what it leaves out is an error when the class is made, and a
-name that is not registered one when it is asked for.
+Everything that depends on the objective asks `get_objective(config.objective)`: what is predicted; what a prediction
+head reads, and with it which norm no gradient reaches and what training keeps in memory; how the teacher's decay moves;
+what cards and configs say. A further objective is a subclass, registered; what it leaves out is an error when the class
+is made, and a name that is not registered one when it is asked for.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 
 class Objective(ABC):
@@ -35,6 +37,19 @@ class Objective(ABC):
         super().__init_subclass__()
         if missing := [name for name in Objective.__annotations__ if not hasattr(cls, name)]:
             raise TypeError(f"The objective {cls.__name__} does not say its {', '.join(missing)}.")
+
+    @staticmethod
+    @abstractmethod
+    def targets(model: Any, projected: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
+        """
+        What codebooks assign codewords to, for the masked frames: K x N x H, float32, without gradient.
+
+        Args:
+            model: the `SpidrForPretraining`.
+            projected: projected features of all frames, unmasked (B x T x H).
+            lengths: valid frames of each row (B); None where all are.
+            rows: the N masked frames, as indices into B * T.
+        """
 
     @staticmethod
     @abstractmethod
@@ -92,6 +107,10 @@ class SpidrObjective(Objective):
     recipe: ClassVar[dict[str, Any]] = {}
 
     @staticmethod
+    def targets(model: Any, projected: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
+        return model.teacher_targets(projected, lengths, rows)
+
+    @staticmethod
     def teacher_decay(config: Any, step: int) -> float:
         rest = (1 - config.ema_start_decay) * math.exp(-step / config.ema_timescale)
         return 1.0 if rest <= config.ema_threshold else 1 - rest
@@ -107,6 +126,10 @@ class DinosrObjective(Objective):
     reads_own_layer = False
     own_fields = ()
     recipe: ClassVar[dict[str, Any]] = {"layerdrop": 0.05}
+
+    @staticmethod
+    def targets(model: Any, projected: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
+        return model.teacher_targets(projected, lengths, rows)
 
     @staticmethod
     def teacher_decay(config: Any, step: int) -> float:

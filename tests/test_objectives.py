@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import pretrain_here, rows, write_audio, write_config
+from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
 
 from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining, objectives_spidr
@@ -28,31 +29,44 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def third(monkeypatch) -> type[Objective]:
-    """An objective that exists in this test alone: heads read the final output, the teacher is a running mean."""
+    """An objective that exists in this test alone, like BEST-RQ (arXiv 2202.01855): the nearest of fixed random
+    codewords to a fixed random projection is predicted from the final output, and the teacher stands still."""
     monkeypatch.setattr(objectives_spidr, "registered", dict(objectives_spidr.registered))
 
     @register_objective
-    class RunningMean(Objective):
-        name, title, papers = "running-mean", "RunningMean", ("2512.20308",)
-        reads_own_layer, own_fields, recipe = False, (), {"layerdrop": 0.0}
+    class RandomQuantiser(Objective):
+        name, title, papers = "random-quantiser", "RandomQuantiser", ("2202.01855",)
+        reads_own_layer, own_fields, recipe = False, (), {"codebook_decay": 1.0}
+
+        @staticmethod
+        def targets(model, projected, lengths, rows):
+            shape = (model.config.num_codebooks, model.config.hidden_size, model.config.hidden_size)
+            projection = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+            features = projected.detach().float().flatten(0, 1)[rows]
+            return torch.nn.functional.normalize(features @ projection, dim=-1)
 
         @staticmethod
         def teacher_decay(config, step):
-            return step / (step + 1)
+            return 1.0
 
-    return RunningMean
+    return RandomQuantiser
 
 
 def test_a_third_objective_trains_and_is_used(third, tmp_path, monkeypatch):
     """With its class alone: config, pretraining, teacher, units, memory and card, by no other's rules."""
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path / "tiny.toml", write_audio(tmp_path / "audio"))
-    folder = pretrain_here(
-        tmp_path / "tiny.toml", tmp_path / "run", "--run.model_type", "running-mean", "--optimizer.max_steps", "3"
-    )
-    assert [row["ema_decay"] for row in rows(folder)] == [1 / 2, 2 / 3, 3 / 4]
-    assert json.loads((folder / "final" / "config.json").read_text())["objective"] == "running-mean"
-    assert "# A RunningMean model" in (folder / "final" / "README.md").read_text()
+    options = ["--optimizer.max_steps", "3", "--run.save_interval", "1", "--model.codebook_decay", "1.0"]
+    folder = pretrain_here(tmp_path / "tiny.toml", tmp_path / "run", *options, "--run.model_type", "random-quantiser")
+    before = pretrain_here(tmp_path / "tiny.toml", tmp_path / "other", *options, "--run.model_type", "dinosr")
+    assert [row["ema_decay"] for row in rows(folder)] == [1.0] * 3
+    assert rows(folder)[-1]["loss"] != rows(before)[-1]["loss"]
+    (start, end) = (load_file(folder / "checkpoints" / f"step_{n}" / "model.safetensors") for n in (1, 3))
+    still = [name for name in start if name.startswith(("codebooks.", "teacher."))]
+    assert still and all(torch.equal(start[name], end[name]) for name in still)
+    assert not torch.equal(start["heads.weight"], end["heads.weight"])
+    assert json.loads((folder / "final" / "config.json").read_text())["objective"] == "random-quantiser"
+    assert "# A RandomQuantiser model" in (folder / "final" / "README.md").read_text()
     model = SpidrForPretraining.from_pretrained(folder / "final").eval()
     assert model.spidr.encoder.layers[-1].final_layer_norm.weight.requires_grad  # it is read
     extractor = Extractor(model, SpidrFeatureExtractor(), unit_outputs(model))
@@ -61,10 +75,12 @@ def test_a_third_objective_trains_and_is_used(third, tmp_path, monkeypatch):
     assert sorted(units) == [n for n, x in enumerate(logits, start=1) if x is not None]
     options = {"batch_samples": 160_000, "utterance_samples": 16_000}
     memory = {name: training_memory(tiny_config(objective=name), **options) for name in objective_names()}
-    assert memory["running-mean"] == memory["dinosr"] != memory["spidr"]
-    assert "running-mean" in trained_card(model.config, "Trained.", "")
-    section = to_model_section(tiny_config(objective="running-mean"))
-    assert "ema_timescale" not in section and to_spidr_config(section, "running-mean").objective == "running-mean"
+    assert memory["random-quantiser"] == memory["dinosr"] != memory["spidr"]
+    assert "random-quantiser" in trained_card(model.config, "Trained.", "")
+    section = to_model_section(tiny_config(objective="random-quantiser"))
+    assert (
+        "ema_timescale" not in section and to_spidr_config(section, "random-quantiser").objective == "random-quantiser"
+    )
 
 
 def test_names_are_strict():
@@ -96,10 +112,11 @@ def test_an_objective_is_whole_or_an_error(third):
 
     class Still(Objective):
         name, title, papers, reads_own_layer, own_fields, recipe = "still", "Still", (), True, (), {}
+        targets = third.targets
 
     with pytest.raises(TypeError, match="teacher_decay"):
         register_objective(Still)
-    with pytest.raises(ValueError, match="an objective 'running-mean' already"):
+    with pytest.raises(ValueError, match="an objective 'random-quantiser' already"):
         register_objective(third)
 
 
@@ -109,15 +126,43 @@ def test_fields_tell_the_objective():
     assert fields_of_others("dinosr") == {"ema_timescale", "ema_threshold"} and not fields_of_others("spidr")
 
 
+def asks_for_an_objective(node: ast.AST) -> bool:
+    """Whether this compares with an objective's name, matches it, or has a table by it."""
+    match node:
+        case ast.Compare(left=left, comparators=others):
+            sides = [left, *others]
+        case ast.Subscript(value=ast.Dict(keys=keys), slice=key):
+            sides = [key, *filter(None, keys)]
+        case ast.Match(subject=subject, cases=cases):
+            sides = [subject, *(case.pattern for case in cases)]
+        case _:
+            return False
+    names = {part.value for side in sides for part in ast.walk(side) if isinstance(part, ast.Constant)}
+    words = " ".join(map(ast.unparse, sides))
+    return bool(names & {"spidr", "dinosr"}) and ("objective" in words or "model_type" in words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'config.objective == "spidr"',
+        'config.objective in ("spidr", "toy")',
+        'run.model_type != "dinosr"',
+        '{"spidr": 1, "dinosr": 2}[config.objective]',
+        'match config.objective:\n    case "spidr":\n        pass',
+    ],
+)
+def test_the_search_below_finds(text):
+    assert any(map(asks_for_an_objective, ast.walk(ast.parse(text))))
+
+
 def test_no_other_file_asks_for_an_objective_by_its_name():
     """The converter speaks of the two that its file formats know."""
-    asking = []
-    for path in [*(ROOT / "spidr_hf").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Compare):
-                continue
-            sides = [node.left, *node.comparators]
-            names = {side.value for side in sides if isinstance(side, ast.Constant)} & {"spidr", "dinosr"}
-            if names and any("objective" in ast.unparse(side) for side in sides):
-                asking.append(f"{path.name}:{node.lineno}")
+    files = [*(ROOT / "spidr_hf").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    asking = [
+        f"{path.name}:{node.lineno}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if asks_for_an_objective(node)
+    ]
     assert not asking

@@ -147,7 +147,7 @@ def compare_outputs(model: SpidrForPretraining, recorded: Mapping[str, Tensor]) 
         if probabilities is not None:
             got[f"codebook.{layer}.proba"] = probabilities
     rows = torch.arange(mask.numel(), device=device)
-    targets = model._targets(projected, None, rows).view(config.num_codebooks, *mask.shape, -1)
+    targets = model.teacher_targets(projected, None, rows).view(config.num_codebooks, *mask.shape, -1)
     labels = model.get_teacher_labels(waveform)
     for k in range(config.num_codebooks):
         got[f"teacher.{k}.target"] = targets[k]
@@ -194,7 +194,7 @@ def compare_fairseq(model: SpidrForPretraining, recorded: Mapping[str, Tensor], 
         if name == "masked":
             got["log_probs"] = model._logits(output, mask.flatten().nonzero().squeeze(1)).log_softmax(-1)
     rows = torch.arange(mask.numel(), device=model.device)
-    got["teacher.targets"] = model._targets(projected, None, rows).view(-1, *projected.shape)
+    got["teacher.targets"] = model.teacher_targets(projected, None, rows).view(-1, *projected.shape)
     got["labels"] = model.get_teacher_labels(waveform).transpose(0, 1)[:, mask]
     output = model(waveform, None, mask)
     got |= {"loss": output.loss, "target_ppl": output.target_ppl, "pred_ppl": output.pred_ppl}

@@ -436,7 +436,7 @@ def test_best_is_kept(run, monkeypatch):
     left = [row for row in rows if row["step"] in {int(p.name[5:]) for p in (run / "checkpoints").glob("step_*")}]
     assert follow("dev/per")["value"] == min(min(row["per"]) for row in left)
     assert follow("r_val")["value"] == max(max(row["r_val"]) for row in left)
-    with pytest.raises(ConfigError, match="no score 'los', only .*loss"):
+    with pytest.raises(ConfigError, match=r"no score 'los', only .*loss"):
         follow("los")
     with pytest.raises(ConfigError, match="no data set 'test', only dev"):
         follow("test/loss")
