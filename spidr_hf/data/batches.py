@@ -11,7 +11,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..configuration_spidr import SpidrConfig, frame_lengths, receptive_field
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..system.errors import AudioError
 from ..system.processes import die_with_parent
+from ..system.shared_memory import WorkerError, check_shared_memory, local_processes, no_room, shared_bytes
 from .audio import AudioFile
 from .batching import BatchKey, BucketSampler
 from .masking import masked_frames
@@ -365,19 +366,36 @@ def make_sampler(
 def make_loader(
     batches: Dataset[Any], sampler: BucketSampler | None, data: DataSection, *, pin_memory: bool = False
 ) -> DataLoader[Any]:
-    """Endless loader of this process's batches, from the sampler's position on. Streamed batches have no sampler."""
+    """Endless loader of this process's batches, from the sampler's position on. Streamed batches have no sampler.
+
+    Every process makes its own at the same time. Raises `ConfigError` where shared memory cannot hold what workers
+    prepare, and `WorkerError` out of the loader where it turns out to be full.
+    """
     workers: dict[str, Any] = {}
     if data.num_workers:
         workers = {"prefetch_factor": data.prefetch_factor, "worker_init_fn": _start_worker}
-    return DataLoader(
+        check_shared_memory(shared_memory(data))
+    return _Loader(
         batches,
         batch_size=None,  # the data set returns whole batches
         sampler=sampler,
-        collate_fn=_as_it_is,
+        collate_fn=_handed_over,
         num_workers=data.num_workers,
         pin_memory=pin_memory and data.pin_memory,
         **workers,
     )
+
+
+def shared_memory(data: DataSection) -> int:
+    """Bytes of shared memory that workers of this machine's processes take at most."""
+    per_sample = 4 + (1 if data.enable_padding else 0)  # a float, and whether it is one of the utterance's
+    size = data.max_batch_length * per_sample
+    return shared_bytes(data.num_workers, data.prefetch_factor, size, local_processes())
+
+
+class _Loader(DataLoader[Any]):
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return map(_checked, super().__iter__())
 
 
 def dropout_seed(seed: int, key: BatchKey) -> int:
@@ -401,7 +419,32 @@ def empty_batch(key: BatchKey, skipped: list[Skipped], failure: str) -> Batch:
     return Batch(torch.empty(0, 0), None, None, key, 0, skipped, failure)
 
 
-def _as_it_is(batch: Any) -> Any:
+@dataclass
+class _NoRoom:
+    message: str
+
+
+def _handed_over(batch: Any) -> Any:
+    """The batch as it is, in a worker with its tensors in shared memory. What goes wrong with that is the batch then.
+
+    Left to the queue's own thread, where nobody hears of it, the batch would never come.
+    """
+    if get_worker_info() is None:
+        return batch
+    try:
+        for value in getattr(batch, "__dict__", {}).values():
+            if isinstance(value, Tensor):
+                value.share_memory_()
+    except (RuntimeError, OSError) as error:
+        if (message := no_room(error)) is None:
+            raise
+        return _NoRoom(message)
+    return batch
+
+
+def _checked(batch: Any) -> Any:
+    if isinstance(batch, _NoRoom):
+        raise WorkerError(batch.message)
     return batch
 
 
@@ -425,5 +468,6 @@ __all__ = [
     "make_loader",
     "make_sampler",
     "min_samples",
+    "shared_memory",
     "too_short",
 ]

@@ -113,7 +113,11 @@ def finetune(
         accumulation=settings.accumulation,
     )
     sampler.position = Position(state.epoch, state.batch)
-    workers = DataSection(num_workers=settings.num_workers)
+    workers = DataSection(
+        num_workers=settings.num_workers,
+        max_batch_length=round(settings.batch_seconds * SAMPLING_RATE),
+        enable_padding=True,
+    )
     dataset = task.batches(train, training=True, seed=settings.seed)
     loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
     say(

@@ -67,6 +67,7 @@ def dry_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) ->
         for lines in (
             validation.plan(config),
             start.plan(config, output_dir, running=checkpoint is not None),
+            loaders.workers_plan(config.data),
             trackers.plan(config.run.tracker),
             curves_picture.plan(),
             hub_push.plan(config.run.push_to_hub),

@@ -20,6 +20,7 @@ from ..data.batches import (
     make_loader,
     make_sampler,
     min_samples,
+    shared_memory,
     too_short,
 )
 from ..data.batching import BucketSampler, Position
@@ -30,8 +31,9 @@ from ..data.sources import AudioSource, Skipped, StreamedSource
 from ..data.streaming import StreamedBatches
 from ..system.errors import AudioError, BatchingError
 from ..system.processes import gather_all
+from ..system.shared_memory import free_shared_memory, local_processes, shortage
 from ..training.checkpoints import TrainerState
-from ..training.planning import NOTE, PROBLEM, Line
+from ..training.planning import NOTE, PROBLEM, Line, size
 from .config import PretrainingConfig
 
 # What is looked at of a run that has not begun.
@@ -231,6 +233,20 @@ def source_plan(source: AudioSource | StreamedSource, config: PretrainingConfig)
         yield Line(NOTE, f"{len(skipped)} files cannot be used; the first: {skipped[0].reason}")
 
 
+def workers_plan(data: DataSection) -> Iterator[Line]:
+    """What workers take of shared memory."""
+    if not data.num_workers:
+        return
+    processes, needed, free = local_processes(), shared_memory(data), free_shared_memory()
+    yield Line(
+        "workers",
+        f"{processes} process{'es' * (processes > 1)} x {data.num_workers} workers x {data.prefetch_factor} batches: "
+        f"{size(needed)} of shared memory at most" + ("" if free is None else f", {size(free)} free"),
+    )
+    if problem := shortage(needed):
+        yield Line(PROBLEM, problem)
+
+
 def plan(
     source: AudioSource | StreamedSource, config: PretrainingConfig, batches: ExpectedBatches | None, world_size: int
 ) -> Iterator[Line]:
@@ -298,4 +314,5 @@ __all__ = [
     "plan",
     "source_plan",
     "unusable",
+    "workers_plan",
 ]

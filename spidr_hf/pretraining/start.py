@@ -25,6 +25,7 @@ from ..conversion.tensors import check_tensors
 from ..data.open import open_source
 from ..data.sources import AudioSource, StreamedSource
 from ..feature_extraction_spidr import SpidrFeatureExtractor
+from ..hub.loading import run_hint
 from ..hub.spidr_names import architecture_differences, to_model_section
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError
@@ -158,6 +159,8 @@ def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tupl
     start = config.run.init_ckpt
     if start is None:
         return model, "Beginning with random weights."
+    if Path(start).is_dir() and not (Path(start) / "config.json").exists() and (hint := run_hint(start)):
+        raise ConfigError(f"`run.init_ckpt` {start} is no model folder.{hint}")
     try:
         if is_model_folder(start):
             stored, tensors = load_folder(start)

@@ -16,6 +16,7 @@ from .allocation import prepare_training_process
 from .errors import AudioError, BatchingError, ConfigError, ManifestError, RunFolderError
 from .messages import end_bars, log_above_bars
 from .processes import contact_lost, die_with_launcher, kill_workers_at_exit
+from .shared_memory import worker_lost
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -43,6 +44,10 @@ def clear_errors(extra: str = "eval") -> Iterator[None]:
         end(f"error: {describe(error)}")
     except torch.OutOfMemoryError:
         end("error: the device's memory is full: lower --batch-seconds (or --batch-size), and start again.")
+    except RuntimeError as error:
+        if (message := contact_lost(error) or worker_lost(error)) is None:
+            raise
+        end(f"error: {message}")
     except KeyboardInterrupt:
         end("Interrupted. The same command resumes from here.")
     finally:
@@ -94,7 +99,7 @@ def training_command() -> Iterator[None]:
             sys.exit(1)
         end(f"error: {describe(error)}")
     except RuntimeError as error:
-        if (message := contact_lost(error)) is None:
+        if (message := contact_lost(error) or worker_lost(error)) is None:
             raise
         end(f"error: {message}")
     except KeyboardInterrupt:  # before there is anything to save

@@ -466,6 +466,8 @@ def test_beginning_anew(pretrain, tmp_path, capsys):
     assert len(rows(folder)) == 4 and len(rows(folder / "earlier-1")) == 3
     assert SpidrForPretraining.from_pretrained(folder / "checkpoints" / "step_4").current_step.item() == 4
     SpidrFeatureExtractor.from_pretrained(folder / "checkpoints" / "step_4")
+    with pytest.raises(ConfigError, match=r"init_ckpt. .*run is no model folder.*give .*final or .*step_4"):
+        pretrain("other", "--run.init_ckpt", str(folder))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(pretrain, tmp_path, monkeypatch):
