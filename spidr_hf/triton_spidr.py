@@ -132,8 +132,10 @@ def grouped_conv(
     are of float32 (Triton's interpreter multiplies the bits of bfloat16 numbers).
     """
     group = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
-    frame = row % length
+    first = tl.program_id(0).to(tl.int64) * block_rows
+    row = first + tl.arange(0, block_rows)
+    # One 64-bit division for the block, and for its rows those of 32 bits, which take a fraction of the time.
+    frame = ((first % length).to(tl.int32) + tl.arange(0, block_rows)) % length
     channel = tl.arange(0, block_width)
     in_group = channel < width
     channels: tl.constexpr = groups * width
@@ -187,12 +189,13 @@ def grouped_conv_weight(
     channels: tl.constexpr = groups * width
     columns = group * width + channel
     shift = tap - before
+    first_frame = (first % length).to(tl.int32)
     total = tl.zeros((block_width, block_width), tl.float32)
     for start in range(0, rows_per_program, block_rows):
         index = start + tl.arange(0, block_rows)
         row = first + index
         inside = (index < rows_per_program) & (row < rows)
-        frame = row % length + shift
+        frame = (first_frame + index) % length + shift
         there = inside & (frame >= 0) & (frame < length)
         inputs = tl.load(
             x + (row + shift)[None, :] * channels + columns[:, None], mask=in_group[:, None] & there[None, :], other=0.0
