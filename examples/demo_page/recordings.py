@@ -1,6 +1,7 @@
 """Recordings that people bring to a page: read within limits, turned into units, and cut where a unit lies."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from .comparison import compare_units
 FRAME = 0.02  # seconds per unit
 MAX_SECONDS = 60.0
 _RATES = (4_000, 384_000)  # Hz: beyond them a header is broken, and resampling could take all memory
+_RATE = "{} has {} samples per second; {} to {} can be used."
 _PAUSE, _FADE = 0.15, 0.004  # seconds between the stretches of a unit, and at their ends against clicks
 _FORMATS = "WAV, FLAC, OGG, Opus, MP3 or AIFF"
 
@@ -65,9 +67,11 @@ def read_recording(path: str | Path, *, min_samples: int = 1, max_seconds: float
     except AudioError as error:
         if "holds no samples" in str(error):
             raise AudioError(f"{name} holds no sound. Record again, or choose another file.") from error
+        if rate := re.search(r"claims (-?\d+) Hz", str(error)):
+            raise AudioError(_RATE.format(name, rate[1], *_RATES)) from error
         raise AudioError(f"{name} is no audio file that can be read here. Use {_FORMATS}.") from error
     if not _RATES[0] <= info.sampling_rate <= _RATES[1]:
-        raise AudioError(f"{name} has {info.sampling_rate} samples per second; {_RATES[0]} to {_RATES[1]} can be used.")
+        raise AudioError(_RATE.format(name, info.sampling_rate, *_RATES))
     seconds = info.num_samples / info.sampling_rate
     if seconds > max_seconds:
         raise AudioError(

@@ -30,7 +30,10 @@ def add_data_arguments(parser: argparse.ArgumentParser, out_dir: str, data: str 
         data: what DATA is for, where that needs to be said.
     """
     parser.add_argument("model", metavar="MODEL", help="model folder, or a name on the Hub")
-    kinds = "manifest (.csv, .jsonl, .parquet, .tsv), folder of audio files, .tar, or a data set: folder or name:config:split"
+    kinds = (
+        "manifest (.csv, .jsonl, .parquet, .tsv), folder of audio files, .tar, or a data set: folder or "
+        "name:config:split"
+    )
     parser.add_argument("data", metavar="DATA", help=f"{data}: {kinds}" if data else kinds)
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help=out_dir)
     parser.add_argument("--resample", action="store_true", help="take audio of any rate and number of channels")
