@@ -53,9 +53,5 @@ def test_a_step_takes_no_more_than_recorded(tmp_path, options, recorded):
         assert row["operations"] <= operations and row["gb"] <= gigabytes and row["peak_gib"] <= peak, (form, row)
         assert row["operations"] > 0.9 * operations, (form, "record the better count", row)
         assert row["values_asked_for"] == 0, (form, row)
-
-
-def test_own_kernels_move_less_than_plain_forms(tmp_path):
-    rows = counted(tmp_path / "counts.json", "--layers", 2, "--batch", 2)
     own, plain = rows["own kernels"], rows["plain"]
-    assert own["gb"] < 0.7 * plain["gb"] and own["tflop"] <= plain["tflop"]
+    assert own["gb"] < 0.7 * plain["gb"] and own["tflop"] == plain["tflop"]
