@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ..configuration_spidr import SpidrConfig, frame_lengths, receptive_field
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..system.errors import AudioError
-from ..system.processes import die_with_parent
+from ..system.processes import die_with_parent, kill_workers_at_exit
 from ..system.shared_memory import WorkerError, check_shared_memory, local_processes, no_room, shared_bytes
 from .audio import AudioFile
 from .batching import BatchKey, BucketSampler
@@ -368,11 +368,13 @@ def make_loader(
 ) -> DataLoader[Any]:
     """Endless loader of this process's batches, from the sampler's position on. Streamed batches have no sampler.
 
-    Every process makes its own at the same time. Raises `ConfigError` where shared memory cannot hold what workers
-    prepare, and `WorkerError` out of the loader where it turns out to be full.
+    Its workers end with this process, however that ends. Every process makes its own at the same time. Raises
+    `ConfigError` where shared memory cannot hold what workers prepare, and `WorkerError` out of the loader where it
+    turns out to be full.
     """
     workers: dict[str, Any] = {}
     if data.num_workers:
+        kill_workers_at_exit()
         workers = {"prefetch_factor": data.prefetch_factor, "worker_init_fn": _start_worker}
         check_shared_memory(shared_memory(data))
     return _Loader(

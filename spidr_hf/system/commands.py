@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from .allocation import prepare_training_process
 from .errors import AudioError, BatchingError, ConfigError, ManifestError, RunFolderError
 from .messages import end_bars, log_above_bars
-from .processes import contact_lost, die_with_launcher, kill_workers_at_exit
+from .processes import contact_lost, die_with_launcher, kill_workers
 from .shared_memory import worker_lost
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -34,7 +34,8 @@ def clear_errors(extra: str = "eval") -> Iterator[None]:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     log_above_bars()
     try:
-        yield
+        with _workers_end_first():
+            yield
     except ModuleNotFoundError as error:
         end(f"error: {error}. The extra {extra} brings what this command needs: pip install 'spidr_hf[{extra}]'.")
     except (ValueError, OSError, RunFolderError, SafetensorError) as error:  # a full disk is safetensors' own error
@@ -53,6 +54,16 @@ def clear_errors(extra: str = "eval") -> Iterator[None]:
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _workers_end_first() -> Iterator[None]:
+    """Where something ends what is inside, its workers go at once: a data loader would wait seconds for each."""
+    try:
+        yield
+    except BaseException:
+        kill_workers()
+        raise
 
 
 def without_cudnn_attention() -> None:
@@ -83,16 +94,16 @@ def training_command() -> Iterator[None]:
     """Prepares a process that trains, and ends it with one line where its user can mend what went wrong.
 
     Any other error keeps its traceback: what a run of days died of must be found without a second one. The processes
-    that decode audio end with this one, and this one with its launcher.
+    that decode audio end with this one (`make_loader`), and this one with its launcher.
     """
     die_with_launcher()
-    kill_workers_at_exit()
     prepare_training_process()
     without_cudnn_attention()
     log_above_bars()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with _workers_end_first():
+            yield
     except (AudioError, BatchingError, ConfigError, ManifestError, RunFolderError, OSError) as error:
         # One line from one process; the launcher takes the others down.
         if os.environ.get("RANK", "0") != "0":

@@ -100,13 +100,16 @@ def kill_workers_at_exit() -> None:
     """When this process ends, by an error too, the processes that decode audio for it are killed.
 
     They ignore SIGTERM, since the whole job may be sent it; Python would send it to them and wait for them forever.
+    Who starts such processes calls this, once or more often.
     """
+    atexit.unregister(kill_workers)
+    atexit.register(kill_workers)
 
-    def kill() -> None:
-        for worker in multiprocessing.active_children():
-            worker.kill()
 
-    atexit.register(kill)
+def kill_workers() -> None:
+    """Kill the processes that decode audio for this one, so that no one waits for what they are at."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def contact_lost(error: RuntimeError) -> str | None:
@@ -153,6 +156,7 @@ __all__ = [
     "die_with_launcher",
     "die_with_parent",
     "gather_all",
+    "kill_workers",
     "kill_workers_at_exit",
     "lock",
     "start_processes",

@@ -1,8 +1,13 @@
 """Batches: what is in them, that nothing but seed and names decides it, and what happens to audio that fails."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import tarfile
 import tracemalloc
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -297,3 +302,53 @@ def test_long_recordings_that_fail_are_skipped_like_others(long_folder, tmp_path
     assert [entry.fileid for entry in batch.skipped] == ["bad"] and batch.input_values.shape == (1, 9_000)
     alone = made[key(0)]
     assert len(alone.input_values) == 1 and alone.skipped[0].fileid == "bad" and alone.failure is None
+
+
+# A command whose workers are busy, or stuck on a disk that does not answer, when something ends it.
+WITH_WORKERS = """
+import os, signal, sys, time
+from torch.utils.data import Dataset
+from spidr_hf.data.batches import make_loader
+from spidr_hf.data.sections import DataSection
+from spidr_hf.system.commands import clear_errors
+
+class Batches(Dataset):
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        time.sleep(0 if index < 2 else 600)
+        return index
+
+with clear_errors():
+    batches = iter(make_loader(Batches(), None, DataSection(num_workers=2)))
+    next(batches)
+    print("working", flush=True)
+    {what}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "message"),
+    [
+        ("raise ValueError('bad input')", 1, "error: bad input"),
+        ("raise OSError(28, 'No space left on device', 'x')", 1, "error: the disk is full: x"),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 1, "Interrupted"),
+        ("raise KeyError('a defect')", 1, "KeyError: 'a defect'"),
+        ("sys.exit(3)", 3, ""),
+    ],
+)
+def test_workers_end_with_their_command(what, status, message):
+    """Within seconds, with the command's own status; no process is left."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WITH_WORKERS.format(what=what)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        errors = process.communicate(timeout=60)[1]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == status and message in errors, errors

@@ -43,8 +43,7 @@ def test_the_last_line_of_a_run(capsys):
 def test_no_command_leaves_attention_to_cudnn(monkeypatch, tmp_path, name, arguments):
     """It plans anew for every length; PyTorch prefers it on newer GPUs."""
     monkeypatch.chdir(tmp_path)
-    for function in ("die_with_launcher", "kill_workers_at_exit"):  # not with this process
-        monkeypatch.setattr(f"spidr_hf.system.commands.{function}", lambda: None)
+    monkeypatch.setattr("spidr_hf.system.commands.die_with_launcher", lambda: None)  # not with this process
     monkeypatch.setattr("spidr_hf.examples.finetune_ctc.die_with_launcher", lambda: None)
     torch.backends.cuda.enable_cudnn_sdp(True)
     assert run_command(name, *arguments).status != 0
