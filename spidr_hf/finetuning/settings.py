@@ -94,8 +94,8 @@ def settle(folder: Path, description: Mapping[str, Any], settings: Settings, res
     now = json.loads(json.dumps({**description, **asdict(settings)}))
     if resuming and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        about = [{name: values.get(name) for name in description} for values in (before, now)]
-        if fixed := differences(*about):
+        there, here = ({name: values.get(name) for name in description} for values in (before, now))
+        if fixed := differences(there, here):
             what = ", ".join(
                 f"{name} is {shown(old)} there and {shown(new)} here" for name, (old, new) in fixed.items()
             )
