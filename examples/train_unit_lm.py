@@ -7,6 +7,7 @@
     OUT_DIR/metrics.json    on the held-out units, in nats per unit: the model, unigrams and bigrams of the training
                             units; and how often the model prefers a held-out sequence to the same units shuffled
     OUT_DIR/checkpoints     to resume from after an interruption: start the same command again
+    OUT_DIR/settings.json   what it was made with; other units or options are refused there, unless --fresh
 
 Units are text to it ("17 203 5"). --deduplicate collapses repeats (usual for language models). The defaults train a
 Llama of 4.7 M parameters, in minutes on 2 CPU cores for a few hours of speech; on GPUs give more layers, and start it
@@ -15,7 +16,11 @@ with accelerate launch.
 
 import argparse
 import json
+import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,7 +41,9 @@ from transformers import (
 
 from spidr_hf import __version__
 from spidr_hf.system.commands import clear_errors
-from spidr_hf.system.files import replaced_folder, write_text
+from spidr_hf.system.files import file_hash, replaced_folder, write_text
+from spidr_hf.system.processes import RunLock
+from spidr_hf.training.folder_settings import keep_settings
 from spidr_hf.units.language_model import (
     ARCHITECTURES,
     NGrams,
@@ -70,8 +77,9 @@ def main() -> None:
     group.add_argument("--warmup-steps", type=int, default=100, help="default: %(default)s")
     group.add_argument("--save-steps", type=int, default=500, help="default: %(default)s")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever is in OUT_DIR")
     args = parser.parse_args()
-    with clear_errors():
+    with clear_errors(), one_at_a_time(args.out_dir):
         for path in (args.units, args.valid):
             if not path.is_file():
                 raise ValueError(f"{path}: no such file of units (`examples/extract_units.py` makes one).")
@@ -94,7 +102,9 @@ def main() -> None:
             max_length=args.max_length,
         )
         checkpoints = args.out_dir / "checkpoints"
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        if settle(args, num_units):
+            print(f"{args.out_dir / 'final'} is there already, made with the same units and options.")
+            return
         trainer = Trainer(
             AutoModelForCausalLM.from_config(config),
             TrainingArguments(
@@ -117,15 +127,64 @@ def main() -> None:
             train_dataset=dataset,
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         )
-        trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints))
+        newest = newest_checkpoint(checkpoints)
+        if newest is not None and step_of(newest) >= args.steps:  # Trainer would make one step more
+            trainer.model = AutoModelForCausalLM.from_pretrained(newest).to(trainer.args.device)
+        else:
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         if trainer.is_world_process_zero():
             finish(args, trainer.accelerator.unwrap_model(trainer.model), tokenizer, train, valid, num_units)
 
 
-def newest_checkpoint(folder: Path) -> str | None:
+# What changes nothing in the model.
+_NOT_SETTINGS = ("units", "valid", "out_dir", "save_steps", "fresh")
+
+
+@contextmanager
+def one_at_a_time(out_dir: Path) -> Iterator[None]:
+    """Keeps a second start out of the folder; of several processes of one launch the first does."""
+    lock = RunLock(out_dir) if is_first() else None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def is_first() -> bool:
+    """Whether this is the first process of a launch, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def settle(args: argparse.Namespace, num_units: int) -> bool:
+    """Keep what the model depends on in settings.json, and refuse another's folder; whether the model is there already.
+
+    Raises `RunFolderError` where the folder was begun with other units or options.
+    """
+    final, checkpoints = args.out_dir / "final", args.out_dir / "checkpoints"
+    if is_first():
+        if args.fresh:
+            for path in (final, checkpoints):
+                shutil.rmtree(path, ignore_errors=True)
+        options = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
+        data = {f"{name}_sha256": file_hash(getattr(args, name)) for name in ("units", "valid")}
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        settings = {**options, "num_units": num_units, **data, "processes": processes}
+        begun = final.exists() or newest_checkpoint(checkpoints) is not None
+        keep_settings(args.out_dir / "settings.json", settings, resuming=begun)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    return final.exists() and (args.out_dir / "metrics.json").exists()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is complete: its state is written last."""
     found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def finish(
@@ -147,11 +206,11 @@ def finish(
         "spidr_hf": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with replaced_folder(args.out_dir / "final") as folder:
+    write_text(args.out_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    with replaced_folder(args.out_dir / "final") as folder:  # last, as the sign that all is done
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_text(Path(folder) / "unit_lm.json", json.dumps(description, indent=2) + "\n")
-    write_text(args.out_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     print(
         f"Held-out units, nats per unit: model {metrics['model']:.3f}, bigrams {metrics['bigram']:.3f}, unigrams "
         f"{metrics['unigram']:.3f}. Prefers the real sequence to a shuffled one in "

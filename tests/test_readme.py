@@ -44,6 +44,7 @@ def test_python_blocks(small_base, tmp_path, monkeypatch):
     small_base.save_pretrained(tmp_path / "facebook" / "spidr-base")
     SpidrFeatureExtractor().save_pretrained(tmp_path / "facebook" / "spidr-base")
     write_speech(tmp_path / "speech.flac")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     for number, code in enumerate(code for language, code in BLOCKS if language == "python"):
         exec(compile(code, f"README.md, Python block {number + 1}", "exec"), {})

@@ -1,15 +1,11 @@
 """How a head is trained: the settings of `finetuning.finetune`, and the file that a run's folder knows them by."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..system.errors import RunFolderError
-from ..system.fields import differences
-from ..system.files import write_text
-from ..system.messages import one_line, shown
+from ..training.folder_settings import keep_settings
 from ..training.schedules import OptimizerSection
 
 SETTINGS_FILE = "settings.json"
@@ -90,25 +86,9 @@ class Settings:
 
 def settle(folder: Path, description: Mapping[str, Any], settings: Settings, resuming: bool) -> list[str]:
     """Write settings.json. When going on: say what changed, and refuse another task, model or set of labels."""
-    path, notes = folder / SETTINGS_FILE, []
-    now = json.loads(json.dumps({**description, **asdict(settings)}))
-    if resuming and path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        there, here = ({name: values.get(name) for name in description} for values in (before, now))
-        if fixed := differences(there, here):
-            what = ", ".join(
-                f"{name} is {shown(old)} there and {shown(new)} here" for name, (old, new) in fixed.items()
-            )
-            raise RunFolderError(
-                f"{folder} holds another run: {one_line(what)}. Choose another folder, or --fresh to begin anew."
-            )
-        notes = [
-            f"Changed since this run began: {name} {before.get(name)!r} -> {now[name]!r}"
-            for name in now
-            if before.get(name) != now[name]
-        ]
-    write_text(path, json.dumps(now, indent=2) + "\n")
-    return notes
+    return keep_settings(
+        folder / SETTINGS_FILE, {**description, **asdict(settings)}, resuming=resuming, fixed=description
+    )
 
 
 __all__ = ["SETTINGS_FILE", "Settings", "settle"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import fails, run_command
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from spidr_hf.units.language_model import (
@@ -172,18 +173,43 @@ def test_pairs_are_told_apart(trained, tmp_path):
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 21
 
 
-def test_started_again_it_goes_on(trained, not_installed):
-    """A finished run is measured and saved anew without a step; without its newest checkpoint, from the one before."""
+def test_started_again_it_ends_as_if_never_interrupted(trained, not_installed):
+    """Killed while it wrote its last checkpoint, or between that and `final`."""
     folder, arguments, _ = trained
-    before = json.loads((folder / "out" / "metrics.json").read_text())
-    shutil.rmtree(folder / "out" / "final")
-    newest = folder / "out" / "checkpoints" / "checkpoint-300"
-    (newest / "trainer_state.json").unlink()  # killed while it was written
+    out = folder / "out"
+    before = (out / "metrics.json").read_bytes()
+    weights = load_file(out / "final" / "model.safetensors")
+    for damage in ("trainer_state.json", None):
+        shutil.rmtree(out / "final")
+        if damage:
+            (out / "checkpoints" / "checkpoint-300" / damage).unlink()
+        done = run_command("train_unit_lm", *arguments)
+        assert done.status == 0, done.err
+        again = load_file(out / "final" / "model.safetensors")
+        assert all(torch.equal(again[name], weights[name]) for name in weights)
+        assert (out / "metrics.json").read_bytes() == before
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["checkpoint-150", "checkpoint-300"]
+
+
+def test_finished_is_finished(trained):
+    folder, arguments, _ = trained
+    files = {path: path.stat().st_mtime_ns for path in (folder / "out" / "final").iterdir()}
     done = run_command("train_unit_lm", *arguments)
-    assert done.status == 0, done.err
-    assert (folder / "out" / "final" / "config.json").exists()
-    after = json.loads((folder / "out" / "metrics.json").read_text())
-    assert after == pytest.approx(before, rel=1e-3)
+    assert done.status == 0 and "is there already" in done.out
+    assert files == {path: path.stat().st_mtime_ns for path in (folder / "out" / "final").iterdir()}
+
+
+@pytest.mark.parametrize(("option", "value"), [("--steps", 400), ("--lr", 0.1), ("--seed", 3), ("--hidden-size", 32)])
+def test_another_run_is_refused_by_name(trained, option, value):
+    _, arguments, _ = trained
+    name = option.removeprefix("--").replace("-", "_")
+    fails(run_command("train_unit_lm", *arguments, option, value), "holds another run", name, "--fresh")
+
+
+def test_other_units_are_refused(trained, tmp_path):
+    folder, arguments, _ = trained
+    (tmp_path / "other.jsonl").write_bytes((folder / "valid.jsonl").read_bytes())
+    fails(run_command("train_unit_lm", tmp_path / "other.jsonl", *arguments[1:]), "holds another run", "units_sha256")
 
 
 def test_bad_input(trained, tmp_path):
