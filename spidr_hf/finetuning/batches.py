@@ -20,7 +20,9 @@ from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..system.errors import AudioError
 
 NO_LABEL = -100
-_CROP = 4  # part of the seed of crops; those before it are pretraining's
+# What a random number is drawn for, part of its seed; those before are pretraining's.
+_CROP, _REPLACEMENT = 4, 5
+_MAX_REPLACEMENTS = 100
 # oneDNN compiles for every shape anew, and a GPU's matrix units take multiples of 8.
 _FRAME_MULTIPLE = 16
 _SHORTER = 0.9  # a file shorter than this share of what its manifest says is cut off
@@ -98,6 +100,8 @@ class LabelledBatches(Dataset[LabelledBatch]):
         max_samples: longer utterances are cropped to this, at a random place; None: never.
         frames: whether labels are one per frame, and are cropped with the audio.
         seed: of the crops.
+        replace: a batch of which nothing can be read is of another utterance, since training goes by updates;
+            otherwise `AudioError` says so.
     """
 
     def __init__(
@@ -109,7 +113,9 @@ class LabelledBatches(Dataset[LabelledBatch]):
         max_samples: int | None = None,
         frames: bool = False,
         seed: int = 0,
+        replace: bool = False,
     ):
+        self.replace = replace
         self.part = part
         self.config = config
         self.feature_extractor = feature_extractor
@@ -119,7 +125,9 @@ class LabelledBatches(Dataset[LabelledBatch]):
 
     def __getitem__(self, key: BatchKey) -> LabelledBatch:
         rows, labels, utterances, skipped = [], [], [], []
-        for index in map(int, key.utterances):
+        for index in self._candidates(key):
+            if rows and index not in key.utterances:
+                break  # one in place of all
             try:
                 waveform = self._read(index)
             except AudioError as error:
@@ -149,6 +157,13 @@ class LabelledBatches(Dataset[LabelledBatch]):
             int(lengths.sum()),
             skipped,
         )
+
+    def _candidates(self, key: BatchKey) -> Iterator[int]:
+        """The utterances of a batch, and then those that may stand in for all of them."""
+        yield from map(int, key.utterances)
+        if self.replace:
+            rng = np.random.default_rng([self.seed, key.epoch, key.index, _REPLACEMENT])
+            yield from map(int, rng.permutation(self.part.indices)[:_MAX_REPLACEMENTS])
 
     def _width(self, samples: int) -> int:
         """Samples of a batch whose longest row has this many: few different numbers of frames."""

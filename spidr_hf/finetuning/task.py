@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..configuration_spidr import SAMPLING_RATE, frame_lengths
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..modeling_spidr_heads import SpidrHeadModel
+from ..system.errors import AudioError
 from ..system.processes import gather_all
 from .batches import LabelledBatch, LabelledBatches, Part, evaluation_keys
 from .reporter import say
@@ -49,6 +50,7 @@ class Task(ABC):
             max_samples=self.max_samples if training else None,
             frames=self.frames,
             seed=seed,
+            replace=training,
         )
 
     def count(self, labels: Tensor) -> int | Tensor:
@@ -97,7 +99,11 @@ def evaluate(task: Task, part: Part, settings: Settings, device: torch.device) -
     found: list[tuple[int, Any]] = []
     total = weight = 0.0
     for key in tqdm(keys, desc=part.name, unit="batch", leave=False, disable=not processes.is_main_process):
-        batch = batches[key]
+        try:
+            batch = batches[key]
+        except AudioError as error:  # nothing of it can be read; what is missing of others is left out likewise
+            say(f"{part.name}: {error}")
+            continue
         output = model(**batch.to(device).inputs)
         found += zip(batch.utterances, task.predict(output, batch), strict=True)
         count = float(task.count(batch.labels))

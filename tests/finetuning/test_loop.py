@@ -25,6 +25,9 @@ from spidr_hf.data.labels import read_phones
 from spidr_hf.data.open import open_data
 from spidr_hf.finetuning.batches import Part
 from spidr_hf.finetuning.classification import FrameTask
+from spidr_hf.finetuning.settings import Settings
+from spidr_hf.finetuning.task import evaluate
+from spidr_hf.system.errors import AudioError
 from spidr_hf.training.checkpoints import Checkpoints
 
 pytest.importorskip("jiwer", reason="error rates are jiwer's (pip extra finetune)")
@@ -302,6 +305,30 @@ def test_batches_have_few_numbers_of_frames(speech_of_tones):
         assert frames % 16 == 0 and frames - max(batch.frames) < 16 and batch.labels.shape[1] == frames
         assert batch.attention_mask.sum(1).tolist() == source.num_samples[chosen].tolist()
         assert not batch.input_values[~batch.attention_mask].any()
+
+
+def test_an_unreadable_file_alone_in_its_batch(speech_of_tones, tmp_path, capsys):
+    """Training takes another utterance in its place and lists it; a validation leaves it out and says so."""
+    shutil.copytree(speech_of_tones / "dev", tmp_path / "dev")
+    source = open_data(tmp_path / "dev", progress=False)
+    phones = read_phones([speech_of_tones / "labels.jsonl"])
+    model = SpidrForAudioFrameClassification(tiny_config(**SMALL, num_labels=5))
+    task = FrameTask(model, SpidrFeatureExtractor(), ["SIL", *TONES], phones, {}, None)
+    part = Part("dev", source, np.arange(0, 8, 2), task.labels(source))
+    broken = next((tmp_path / "dev").rglob(f"{source.fileid(2)}.*"))
+    broken.write_bytes(broken.read_bytes()[:200])
+    key = BatchKey(0, 3, np.array([2]), Position())
+    batch = task.batches(part, training=True)[key]
+    assert len(batch.utterances) == 1 and batch.utterances[0] in (0, 4, 6)
+    assert {entry.fileid for entry in batch.skipped} == {source.fileid(2)}
+    assert torch.equal(batch.input_values, task.batches(part, training=True)[key].input_values)
+    with pytest.raises(AudioError, match="None of the 1 utterances"):
+        task.batches(part)[key]
+    scores = evaluate(task, part, Settings(batch_seconds=0.01), torch.device("cpu"))  # every utterance alone
+    assert np.isfinite(scores["loss"]) and source.fileid(2) in capsys.readouterr().err
+    alone = Part("dev", source, np.array([2]), task.labels(source))
+    with pytest.raises(AudioError, match="None of the"):
+        task.batches(alone, training=True)[key]
 
 
 def test_speaker_embeddings(finetune, tmp_path):
