@@ -46,6 +46,7 @@ def options_of(command: str) -> list[str]:
         raise Stopped
 
     with (
+        patch.object(sys, "argv", ["command"]),
         patch.object(argparse.ArgumentParser, "parse_args", stop),
         patch.object(argparse.ArgumentParser, "parse_known_args", stop),
         pytest.raises(Stopped),

@@ -162,7 +162,7 @@ def test_a_row_gives_what_it_gives_alone(config):
             totals.add(alone._batch(model, [alone._read(index)]))
     expected = totals.scores()
     assert together["utterances"] == 7 and together["aligned_utterances"] == 6
-    assert together.keys() == expected.keys()
+    assert together.keys() - expected.keys() == {"per", "f1", "r_val"}  # of all units and phones together
     for name, value in expected.items():
         assert together[name] == pytest.approx(value, rel=1e-4), name
 
@@ -328,7 +328,8 @@ def test_the_command(run, trained):
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.suffix != ".arrow"}
     done = run_command("validate", "--run-dir", run, "--device", "cpu")
     assert done.status == 0, done.err
-    assert steps(run) == [3, 6, 9, 12] and done.out.count("\n") == 5
+    told = [line for line in done.out.splitlines() if not line.startswith("best/ is step")]
+    assert steps(run) == [3, 6, 9, 12] and len(told) == 5
     assert "step 12, dev: loss " in done.out and "PNMI 0." in done.out and "have no alignment" in done.out
     assert all(path.read_bytes() == content for path, content in kept.items())
     row = ValidationFile(run).rows()[1]
