@@ -56,6 +56,7 @@ from spidr_hf.pretraining.memory import training_memory
 from spidr_hf.system.allocation import keep_freed_memory, prepare_training_process
 from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import replaced_file, write_text
+from spidr_hf.system.processes import device_of
 from spidr_hf.units.extractor import Extractor, feature_outputs
 
 from .benchmarks.peers import PEERS, Peer, difference, installed_peers, make_peer, spidr_span_masks
@@ -105,7 +106,7 @@ class Benchmark:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.device = torch.device(args.device)
+        self.device = device_of(args.device)
         self.longest = max(args.seconds or TARGET_SECONDS.values())
         torch.manual_seed(0)
         self.config = SpidrConfig(**SIZES[args.size])
@@ -478,7 +479,7 @@ def main() -> None:
     with clear_errors():
         if args.threads:
             torch.set_num_threads(args.threads)
-        machine = describe_machine(torch.device(args.device))
+        machine = describe_machine(device_of(args.device))
         print(f"spidr {args.size} on {machine['device']}, {machine['threads']} threads, torch {torch.__version__}")
         if args.targets:
             results = [alone(measure, job, number == 0) for number, job in enumerate(jobs(args))]

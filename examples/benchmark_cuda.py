@@ -52,6 +52,7 @@ from spidr_hf.kernels_spidr import (
 )
 from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import write_text
+from spidr_hf.system.processes import device_of
 
 from .benchmarks.counting import count_step, pretend_cuda
 from .benchmarks.peers import difference, installed_peers, make_peer
@@ -96,7 +97,7 @@ class StepBenchmark:
     """Models, batches on the host, and the rows of the result."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, device_of(args.device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA GPU here (leave --device out for the CPU).")
         self.config = SpidrConfig(**(TINY if args.size == "tiny" else {}))

@@ -33,6 +33,7 @@ from spidr_hf.kernels_spidr import kernels_run, use_kernels
 from spidr_hf.pretraining.setup import compile_layers
 from spidr_hf.system.commands import clear_errors
 from spidr_hf.system.files import write_text
+from spidr_hf.system.processes import device_of
 
 from .benchmarks.parity import (
     Difference,
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers there, too")
     args = parser.parse_args()
     with clear_errors():
-        device = torch.device(args.device)
+        device = device_of(args.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA GPU here (leave --device out for the CPU).")
         own_kernels = kernels_run(torch.empty(0, device=device))

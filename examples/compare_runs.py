@@ -17,8 +17,8 @@ FIELDS = ("loss", "target_ppl", "pred_ppl", "lr", "ema_decay")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="METRICS")
-    parser.add_argument("reference", type=Path, metavar="REFERENCE")
+    parser.add_argument("run", type=Path, metavar="METRICS", help="a run's metrics.jsonl, or its folder")
+    parser.add_argument("reference", type=Path, metavar="REFERENCE", help="what to compare with, likewise")
     parser.add_argument("--steps", type=int, nargs="+", metavar="STEP", help="default: every step that both logged")
     args = parser.parse_args()
     try:
@@ -41,7 +41,8 @@ def main() -> None:
 
 
 def read_curve(path: Path) -> dict[int, Mapping[str, float]]:
-    """Rows by step. Raises `ValueError` naming the line that is no row of a curve."""
+    """Rows by step, of a file or of a run's folder. Raises `ValueError` naming the line that is no row of a curve."""
+    path = path / "metrics.jsonl" if path.is_dir() else path
     rows = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:

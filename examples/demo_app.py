@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--share", action="store_true", help="make the page public, by Gradio's server")
     args = parser.parse_args()
+    if args.port is not None and not 0 < args.port < 65_536:
+        parser.error(f"--port must lie between 1 and 65535, got {args.port}.")
     with clear_errors(), tempfile.TemporaryDirectory(prefix="spidr_hf-page-") as folder:
         if not args.model and not DEMO_MODEL.exists():
             raise ValueError("Say which model: --model facebook/spidr-base, for example; or run `make demo` first.")

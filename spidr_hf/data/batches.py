@@ -10,7 +10,9 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -305,6 +307,8 @@ class SkippedFiles:
         self.tried = 0
         self.skipped = 0
         self._listed: set[str] = set()
+        self._kinds: Counter[str] = Counter()  # of reasons, without the names of files
+        self._examples: dict[str, str] = {}
         if self.path is not None and self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -319,6 +323,10 @@ class SkippedFiles:
         """
         self.tried += tried
         self.skipped += len(skipped)
+        for entry in skipped:
+            kind = re.sub(r"\d+", "N", entry.reason.removeprefix(entry.fileid).rpartition(": ")[2])
+            self._kinds[kind] += 1
+            self._examples.setdefault(kind, entry.reason)
         new = {entry.fileid: entry for entry in skipped if entry.fileid not in self._listed}
         if new and self.path is not None:
             text = "".join(json.dumps({"file": name, "reason": entry.reason}) + "\n" for name, entry in new.items())
@@ -332,8 +340,15 @@ class SkippedFiles:
             raise AudioError(
                 f"{self.skipped} of {self.tried} utterances cannot be used, more than `data.max_skipped_share` "
                 f"({self.max_share:g}){f'; {self.path} lists them' if self.path else ''}. "
-                f"The last: {skipped[-1].reason if skipped else 'see there'}"
+                f"{self._commonest()}"
             )
+
+    def _commonest(self) -> str:
+        """The reason of which there are most, with an example."""
+        if not self._kinds:
+            return ""
+        kind, count = self._kinds.most_common(1)[0]
+        return f"The commonest of the reasons ({count} times), for one: {self._examples[kind]}"
 
 
 def make_sampler(

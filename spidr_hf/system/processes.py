@@ -142,11 +142,18 @@ def start_processes() -> PartialState:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of that name; without one, this process's."""
+    """The device of that name; without one, this process's. Raises `ValueError` for what is none, or not here."""
+    if name is None:
+        return PartialState().device
     try:
-        return PartialState().device if name is None else torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"{name!r} is no device: cpu, cuda or cuda:1, for example.") from error
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own
+        raise ValueError(f"The device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 __all__ = [

@@ -352,3 +352,10 @@ def test_workers_end_with_their_command(what, status, message):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == status and message in errors, errors
+
+
+def test_too_many_skipped_files_name_the_commonest_reason():
+    skipped = SkippedFiles(None, 0.1)
+    short = [Skipped(f"a/{i}", f"a/{i}: has {i} samples at 16 kHz, at least 400 are needed.") for i in range(9)]
+    with pytest.raises(AudioError, match=r"The commonest of the reasons \(9 times\), for one: a/0: has 0 samples"):
+        skipped.add([Skipped("x", "x: no such file."), *short, Skipped("y", "y: is cut off.")], 40)

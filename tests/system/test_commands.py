@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from spidr_hf.system.commands import clear_errors, end
 from spidr_hf.system.messages import log_above_bars
+from spidr_hf.system.processes import device_of
 
 
 @pytest.mark.parametrize("leave", [True, False])
@@ -68,3 +69,29 @@ def test_warnings_are_lines_above_the_bars(monkeypatch, capsys):
         logging.getLogger("spidr_hf.test").warning("something is odd")
     lines = capsys.readouterr().err.replace("\r", "\n").split("\n")
     assert lines.count("something is odd") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("extract_units", ["MODEL", "DATA", "OUT"]),
+        ("extract_features", ["MODEL", "DATA", "OUT"]),
+        ("evaluate_abx", ["ITEMS", "FEATURES"]),
+        ("score_pairs", ["MODEL", "PAIRS"]),
+        ("check_parity", []),
+        ("benchmark", []),
+    ],
+)
+def test_a_device_that_is_not_here_is_one_line(command, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("nothing", "cuda", "cuda:7"):
+        with pytest.raises(ValueError, match=f"{name}'"):
+            device_of(name)
+    done = run_command(command, *arguments, "--device", "cuda")
+    assert done.status != 0 and "Traceback" not in done.err and "error: " in done.err
+
+
+def test_a_port_that_is_none(tmp_path):
+    done = run_command("demo_app", "--port", "80000")
+    assert done.status == 2 and "between 1 and 65535" in done.err
