@@ -54,7 +54,7 @@ from spidr_hf.data.masking import SpanMask, masked_frames
 from spidr_hf.data.sections import DataSection, MaskingSection
 from spidr_hf.pretraining.memory import training_memory
 from spidr_hf.system.allocation import keep_freed_memory, prepare_training_process
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.system.files import replaced_file, write_text
 from spidr_hf.system.processes import device_of
 from spidr_hf.units.extractor import Extractor, feature_outputs
@@ -563,8 +563,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (3)")
     parser.add_argument("--threads", type=int, help="threads of the CPU (torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="found out by itself")
-    parser.add_argument("--json", type=Path, help="write the numbers here, too")
-    parser.add_argument("--plot", type=Path, help="draw cost against length here (needs matplotlib)")
+    parser.add_argument("--json", type=user_path, help="write the numbers here, too")
+    parser.add_argument("--plot", type=user_path, help="draw cost against length here (needs matplotlib)")
     args = parser.parse_args()
     args.size = args.size or ("base" if args.targets else "tiny")
     # Training comes first: casting for inference rounds the weights, and losses are compared before.

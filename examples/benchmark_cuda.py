@@ -50,7 +50,7 @@ from spidr_hf.kernels_spidr import (
     plain_norm_gelu,
     use_kernels,
 )
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.processes import device_of
 
@@ -423,7 +423,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=25, help="kernels that the profile lists (25)")
     parser.add_argument("--compile", action="store_true", help="compile on a CPU, too (on a GPU it always does)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="found out by itself")
-    parser.add_argument("--json", type=Path, help="write the rows here, too")
+    parser.add_argument("--json", type=user_path, help="write the rows here, too")
     args = parser.parse_args()
     if min(args.batch, args.rounds, args.steps, args.top) < 1 or args.seconds < 0.1:
         parser.error("--batch, --rounds, --steps and --top must be at least 1, --seconds at least 0.1")

@@ -24,6 +24,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 import numpy as np
 
 from spidr_hf.data.manifests import scan_tar
+from spidr_hf.system.commands import user_path
 
 from .benchmarks.data_costs import (
     decoding_speed,
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="decoding workers whose memory is looked at (2)")
     parser.add_argument("--batches", type=int, default=4_320_000, help="length of the simulated run; 0: none")
     parser.add_argument("--utterances", type=int, default=40, help="utterances of 12 s to decode (40)")
-    parser.add_argument("--json", type=Path, help="write the numbers here, too")
+    parser.add_argument("--json", type=user_path, help="write the numbers here, too")
     args = parser.parse_args()
     if min(args.rows) < 1 or args.workers < 1 or args.batches < 0 or args.utterances < 1:
         parser.error("--rows, --workers and --utterances must be at least 1, --batches at least 0")

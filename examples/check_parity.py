@@ -31,7 +31,7 @@ from spidr_hf.conversion.errors import ConversionError
 from spidr_hf.conversion.spidr_format import from_spidr
 from spidr_hf.kernels_spidr import kernels_run, use_kernels
 from spidr_hf.pretraining.setup import compile_layers
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.processes import device_of
 
@@ -55,12 +55,12 @@ DTYPES = ("float32", "bfloat16")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="default: those of the repository")
+    parser.add_argument("folders", nargs="*", type=user_path, metavar="FOLDER", help="default: those of the repository")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
     parser.add_argument("--forms", nargs="+", choices=FORMS, help="default: all on a GPU, plain on a CPU")
     parser.add_argument("--objective", choices=("spidr", "dinosr"), help="where neither checkpoint nor name tells")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="found out by itself")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers there, too")
+    parser.add_argument("--json", type=user_path, metavar="OUT", help="write the numbers there, too")
     args = parser.parse_args()
     with clear_errors():
         device = device_of(args.device)

@@ -32,6 +32,7 @@ from spidr_hf.data.manifests import Manifest, read_manifest
 from spidr_hf.evaluation.phones import count_pairs, pnmi
 from spidr_hf.plots.figures import run_figure, unit_colours
 from spidr_hf.pretraining.start import initial_model
+from spidr_hf.system.commands import user_path
 from spidr_hf.units.unit_files import describe_model, predict_units, write_units
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,9 +44,9 @@ LEAST_SHARE = 0.25  # of the codewords in use at the start, for the target perpl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "demo", help="default: runs/demo")
+    parser.add_argument("--output-dir", type=user_path, default=ROOT / "runs" / "demo", help="default: runs/demo")
     parser.add_argument(
-        "--config", type=Path, default=ROOT / "examples" / "configs" / "demo.toml", help="training config"
+        "--config", type=user_path, default=ROOT / "examples" / "configs" / "demo.toml", help="training config"
     )
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier demo left and begin anew")
     args = parser.parse_args()

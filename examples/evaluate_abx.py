@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from spidr_hf.evaluation.abx import FREQUENCY, Token, abx, read_items
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.names import match_names
 from spidr_hf.system.processes import device_of
@@ -43,8 +43,10 @@ from spidr_hf.units.unit_files import read_units, unit_files
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("item", type=Path, metavar="ITEM_FILE")
-    parser.add_argument("features", type=Path, metavar="FEATURES_DIR", help="folder of features, or one with layers")
+    parser.add_argument("item", type=user_path, metavar="ITEM_FILE")
+    parser.add_argument(
+        "features", type=user_path, metavar="FEATURES_DIR", help="folder of features, or one with layers"
+    )
     parser.add_argument("--units", action="store_true", help="FEATURES_DIR holds units (units.jsonl), not features")
     parser.add_argument("--speaker", choices=("within", "across"), nargs="+", default=["within", "across"])
     parser.add_argument(
@@ -56,8 +58,8 @@ def main() -> None:
     parser.add_argument("--frequency", type=int, default=FREQUENCY, help="frames per second (default: %(default)s)")
     parser.add_argument("--backend", choices=("auto", "fastabx", "own"), default="auto")
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores there")
-    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw curves over layers")
+    parser.add_argument("--json", type=user_path, metavar="OUT", help="write the scores there")
+    parser.add_argument("--plot", type=user_path, metavar="PICTURE", help="draw curves over layers")
     args = parser.parse_args()
     with clear_errors():
         tokens = read_items(args.item, args.frequency)

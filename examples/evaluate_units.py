@@ -35,7 +35,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 from spidr_hf.data.alignments import SILENCES, read_alignments
 from spidr_hf.evaluation.discovery import ASSIGNMENTS, discovery_scores
 from spidr_hf.evaluation.phones import agreement, all_scores, count_pairs
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.names import match_names
 from spidr_hf.units.unit_files import known_units, read_units, unit_files
@@ -43,11 +43,13 @@ from spidr_hf.units.unit_files import known_units, read_units, unit_files
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("units", type=Path, metavar="UNITS_JSONL", help="file of units, or folder with one per layer")
-    parser.add_argument("alignments", type=Path, metavar="ALIGNMENTS", help="see above")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores there")
-    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw a picture (.png, .pdf, .svg)")
-    parser.add_argument("--agreement", type=Path, metavar="OTHER_UNITS", help="other units of the same utterances")
+    parser.add_argument(
+        "units", type=user_path, metavar="UNITS_JSONL", help="file of units, or folder with one per layer"
+    )
+    parser.add_argument("alignments", type=user_path, metavar="ALIGNMENTS", help="see above")
+    parser.add_argument("--json", type=user_path, metavar="OUT", help="write the scores there")
+    parser.add_argument("--plot", type=user_path, metavar="PICTURE", help="draw a picture (.png, .pdf, .svg)")
+    parser.add_argument("--agreement", type=user_path, metavar="OTHER_UNITS", help="other units of the same utterances")
     parser.add_argument("--deduplicate", action="store_true", help="bitrate of units without repeats")
     parser.add_argument(
         "--alignment-step", type=float, default=10, metavar="MS", help="milliseconds per step (default: 10)"

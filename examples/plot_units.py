@@ -19,7 +19,7 @@ from spidr_hf.data.alignments import read_alignments
 from spidr_hf.data.open import open_data
 from spidr_hf.evaluation.phones import count_pairs
 from spidr_hf.plots.figures import save_figure, unit_colours, utterance_figure
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.system.names import match_names
 from spidr_hf.units.unit_files import read_units, unit_files
 
@@ -27,10 +27,10 @@ from spidr_hf.units.unit_files import read_units, unit_files
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", metavar="DATA", help="manifest, folder of audio files, .tar, or data set")
-    parser.add_argument("units", type=Path, metavar="UNITS", help="file of units, or folder with one per layer")
-    parser.add_argument("picture", type=Path, metavar="PICTURE", help="what to write: .png, .pdf, .svg")
+    parser.add_argument("units", type=user_path, metavar="UNITS", help="file of units, or folder with one per layer")
+    parser.add_argument("picture", type=user_path, metavar="PICTURE", help="what to write: .png, .pdf, .svg")
     parser.add_argument("--file", metavar="FILEID", help="which utterance (default: the first that has units)")
-    parser.add_argument("--alignments", type=Path, help="phones, as for evaluate_units.py")
+    parser.add_argument("--alignments", type=user_path, help="phones, as for evaluate_units.py")
     parser.add_argument("--tier", help="tier of the TextGrids that holds the phones")
     parser.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help="of a folder (default: all)")
     parser.add_argument("--resample", action="store_true", help="take audio of any rate and number of channels")

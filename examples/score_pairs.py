@@ -24,7 +24,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.processes import device_of
 from spidr_hf.units.language_model import Pair, collapses, read_pairs, score_pairs, text_to_units, units_to_text
@@ -34,13 +34,15 @@ from spidr_hf.units.unit_files import read_units
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="folder of a language model (train_unit_lm.py: OUT_DIR/final)")
-    parser.add_argument("pairs", type=Path, metavar="PAIRS_CSV")
-    parser.add_argument("--units", type=Path, metavar="UNITS_JSONL", help="units of the files that the pairs name")
+    parser.add_argument("pairs", type=user_path, metavar="PAIRS_CSV")
+    parser.add_argument("--units", type=user_path, metavar="UNITS_JSONL", help="units of the files that the pairs name")
     parser.add_argument("--group", metavar="COLUMN", help="accuracy by this column, too")
     parser.add_argument("--no-normalize", action="store_true", help="log-probabilities of whole sequences")
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write accuracies there")
-    parser.add_argument("--scores", type=Path, metavar="OUT", help="write the log-probabilities of each pair: .csv")
+    parser.add_argument("--json", type=user_path, metavar="OUT", help="write accuracies there")
+    parser.add_argument(
+        "--scores", type=user_path, metavar="OUT", help="write the log-probabilities of each pair: .csv"
+    )
     args = parser.parse_args()
     with clear_errors():
         if not args.pairs.is_file():

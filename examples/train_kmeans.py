@@ -22,14 +22,14 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from spidr_hf import __version__
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.units.kmeans import feature_files, train_kmeans
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("features", type=Path, metavar="FEATURES", help="folder of one layer's .pt or .npy files")
-    parser.add_argument("out", type=Path, metavar="OUT", help="file to write: .safetensors")
+    parser.add_argument("features", type=user_path, metavar="FEATURES", help="folder of one layer's .pt or .npy files")
+    parser.add_argument("out", type=user_path, metavar="OUT", help="file to write: .safetensors")
     parser.add_argument("--clusters", type=int, required=True, metavar="N", help="how many units")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--max-frames", type=int, default=5_000_000, help="default: 5 000 000 (28 h)")

@@ -20,14 +20,14 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 from spidr_hf.configuration_spidr import frame_lengths
 from spidr_hf.data.alignments import SILENCES, read_alignments, write_items
 from spidr_hf.modeling_spidr import SpidrConfig
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import clear_errors, user_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("alignments", type=Path, metavar="ALIGNMENTS", help="JSON lines, TextGrids or CTM")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the .item file")
-    parser.add_argument("--speakers", type=Path, metavar="FILE", help="lines of fileid and speaker")
+    parser.add_argument("alignments", type=user_path, metavar="ALIGNMENTS", help="JSON lines, TextGrids or CTM")
+    parser.add_argument("out", type=user_path, metavar="OUT", help="the .item file")
+    parser.add_argument("--speakers", type=user_path, metavar="FILE", help="lines of fileid and speaker")
     parser.add_argument("--tier", help="tier of the TextGrids that holds the phones")
     parser.add_argument("--silence", nargs="+", default=SILENCES, metavar="PHONE", help="labels of silence")
     args = parser.parse_args()

@@ -15,13 +15,16 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from spidr_hf.data.manifests import scan_folder, scan_tar
+from spidr_hf.system.commands import user_path
 from spidr_hf.system.errors import ManifestError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("audio", type=Path, metavar="AUDIO_DIR_OR_TAR", help="folder of audio files, or a .tar")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="manifest to write: .csv, .jsonl or .tsv (fairseq)")
+    parser.add_argument("audio", type=user_path, metavar="AUDIO_DIR_OR_TAR", help="folder of audio files, or a .tar")
+    parser.add_argument(
+        "output", type=user_path, metavar="OUTPUT", help="manifest to write: .csv, .jsonl or .tsv (fairseq)"
+    )
     parser.add_argument("--ext", nargs="+", help="only files with these suffixes (default: every audio format)")
     parser.add_argument("--resample", action="store_true", help="keep audio of any rate and number of channels")
     args = parser.parse_args()

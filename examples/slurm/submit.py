@@ -30,6 +30,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
 
 from spidr_hf.pretraining.config import PretrainingConfig, load_config
+from spidr_hf.system.commands import user_path
 from spidr_hf.system.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG", help="TOML or JSON; one job each")
+    parser.add_argument("configs", type=user_path, nargs="+", metavar="CONFIG", help="TOML or JSON; one job each")
     parser.add_argument("-A", "--account", required=True, help="who pays")
     parser.add_argument("-N", "--nodes", type=int, required=True, help="nodes per job")
     parser.add_argument(
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("-q", "--qos", help="quality of service")
     parser.add_argument("-p", "--partition", help="partition")
     parser.add_argument("--mem-per-gpu", help="main memory per GPU, for example 60G")
-    parser.add_argument("--output-root", type=Path, metavar="DIR", help="where the runs' folders are (see above)")
+    parser.add_argument("--output-root", type=user_path, metavar="DIR", help="where the runs' folders are (see above)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and submit nothing")
     args, overrides = parser.parse_known_args()
     try:

@@ -91,7 +91,7 @@ def _textgrid_tiers(text: str) -> dict[str, list[tuple[str, float, float]]]:
 def read_ctm(path: str | os.PathLike) -> dict[str, list[tuple[str, float, float]]]:
     """Phones by utterance of a CTM file (`utterance channel start duration phone`); gaps become silence."""
     phones: dict[str, list[tuple[str, float, float]]] = {}
-    with Path(path).open(encoding="utf-8") as lines:
+    with Path(path).open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip() or line.startswith(";;"):
                 continue
@@ -110,7 +110,7 @@ def read_rows(path: str | os.PathLike) -> dict[str, list[tuple[str, float, float
     """Phones by utterance of a text file with the columns `#file onset offset #phone` (DiscoPhon's alignments)."""
     columns = ("#file", "onset", "offset", "#phone")
     phones: dict[str, list[tuple[str, float, float]]] = {}
-    with Path(path).open(encoding="utf-8") as lines:
+    with Path(path).open(encoding="utf-8-sig") as lines:
         header = next(lines, "").split()
         if missing := [column for column in columns if column not in header]:
             raise ValueError(
@@ -206,7 +206,7 @@ def read_alignments(
 
 def _read_jsonl(path: Path, step: float) -> dict[str, list[tuple[str, float, float]]]:
     alignments: dict[str, list[tuple[str, float, float]]] = {}
-    with Path(path).open(encoding="utf-8") as lines:
+    with Path(path).open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -55,8 +56,8 @@ def read_parquet(path: Path) -> tuple[pa.Table, Path]:
 
 
 def read_tsv(path: Path) -> tuple[pa.Table, Path]:
-    with open(path, encoding="utf-8") as file:
-        root = file.readline().rstrip("\r\n")
+    with open(path, encoding="utf-8-sig") as file:
+        root = os.path.expanduser(file.readline().rstrip("\r\n"))
     if not root or "\t" in root:
         raise ManifestError(f"{path}: the first line of a fairseq TSV is the folder that its paths are relative to.")
     table = pyarrow.csv.read_csv(

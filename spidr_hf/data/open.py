@@ -3,6 +3,7 @@
 A new kind of source is a class (`sources` has the protocols) and a line in one of the two tables here.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ def open_data(
     Raises `ManifestError` with what to do where `data` cannot be used.
     """
     if isinstance(data, (str, Path)):
+        data = os.path.expanduser(data)
         kind = next(kind for kind in STORED if kind.takes(data))
         return kind.open(data, resample=resample, cache=cache, progress=progress)
     path = None if cache is None else Path(cache)

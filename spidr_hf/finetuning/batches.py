@@ -124,7 +124,8 @@ class LabelledBatches(Dataset[LabelledBatch]):
         self.seed = seed
 
     def __getitem__(self, key: BatchKey) -> LabelledBatch:
-        rows, labels, utterances, skipped = [], [], [], []
+        rows: list[np.ndarray] = []
+        labels, utterances, skipped = [], [], []
         for index in self._candidates(key):
             if rows and index not in key.utterances:
                 break  # one in place of all

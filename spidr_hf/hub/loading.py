@@ -1,5 +1,6 @@
 """Models by name or folder, with an error of one line for what is none."""
 
+import os
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ def loading(name: str, revision: str | None = None) -> Iterator[str]:
 
     Yields what `from_pretrained` takes: of a published checkpoint's name its converted folder.
     """
-    name = model_folder(name)
+    name = model_folder(os.path.expanduser(name))
     if name.endswith((".pt", ".ckpt")) and Path(name).is_file():
         raise ValueError(
             f"{name} is a checkpoint of the original code: convert it with conversion/convert_checkpoint.py."

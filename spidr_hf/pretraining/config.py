@@ -212,7 +212,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainingC
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         sections = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
@@ -431,7 +431,7 @@ def _beside(value: str | list[str] | None, config_path: Path) -> Any:
     """A path in a config (or several): in the working folder, else beside the config."""
     if isinstance(value, list):
         return [_beside(item, config_path) for item in value]
-    if value is None or os.path.exists(value):
+    if value is None or os.path.exists(value := os.path.expanduser(value)):
         return value
     beside = config_path.absolute().parent / value
     return str(beside) if beside.exists() else value

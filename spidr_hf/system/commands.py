@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -66,6 +67,11 @@ def _workers_end_first() -> Iterator[None]:
         raise
 
 
+def user_path(text: str) -> Path:
+    """A path as people type it: `~` is their home, wherever it stands in an argument (`--output-dir=~/runs`)."""
+    return Path(text).expanduser()
+
+
 def without_cudnn_attention() -> None:
     """Leaves attention on CUDA to PyTorch's own flash kernels, for the rest of this process.
 
@@ -117,4 +123,4 @@ def training_command() -> Iterator[None]:
         end("Interrupted before the first step. The same command starts again.")
 
 
-__all__ = ["clear_errors", "describe", "end", "training_command", "without_cudnn_attention"]
+__all__ = ["clear_errors", "describe", "end", "training_command", "user_path", "without_cudnn_attention"]

@@ -5,9 +5,12 @@ import errno
 import pytest
 import torch
 from commands import run_command
+from runs import write_audio, write_config
 from tqdm import tqdm
 
-from spidr_hf.system.commands import clear_errors, end
+from spidr_hf.data.open import open_data
+from spidr_hf.pretraining.config import load_config
+from spidr_hf.system.commands import clear_errors, end, user_path
 from spidr_hf.system.messages import log_above_bars
 from spidr_hf.system.processes import device_of
 
@@ -95,3 +98,17 @@ def test_a_device_that_is_not_here_is_one_line(command, arguments, tmp_path, mon
 def test_a_port_that_is_none(tmp_path):
     done = run_command("demo_app", "--port", "80000")
     assert done.status == 2 and "between 1 and 65535" in done.err
+
+
+def test_home_is_home_wherever_it_stands(tmp_path, monkeypatch):
+    """In an argument that no shell expands, in a config, in a manifest's root and as DATA; marks at the start go."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/runs") == tmp_path / "runs"
+    write_audio(tmp_path / "audio")
+    text = (write_config(tmp_path / "c.toml", "~/audio")).read_text()
+    (tmp_path / "c.toml").write_text(text, encoding="utf-8-sig")
+    config = load_config(tmp_path / "c.toml", ["--run.init_ckpt", "~/audio"])
+    assert config.data.manifest == config.run.init_ckpt == str(tmp_path / "audio")
+    assert len(open_data("~/audio", progress=False)) == 20
+    (tmp_path / "m.tsv").write_text("~/audio\n00.flac\t5000\n", encoding="utf-8-sig")
+    assert open_data("~/m.tsv", progress=False).read(0).size == 5_000
