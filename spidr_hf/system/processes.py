@@ -152,7 +152,9 @@ def device_of(name: str | None) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own
-        raise ValueError(f"The device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        no_gpu = device.type == "cuda" and not torch.cuda.is_available()
+        reason = "there is no CUDA GPU" if no_gpu else str(error).splitlines()[0]
+        raise ValueError(f"The device {name!r} cannot be used here: {reason}.") from error
     return device
 
 
