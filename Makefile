@@ -4,6 +4,7 @@
 #   make test         the tests (ARGS="-k padding" goes to pytest)
 #   make test-all     the long ones too
 #   make lint         ruff and mypy; changes nothing
+#   make docs         the API's pages from the docstrings, docs/index.html
 #   make benchmark    speed and memory beside the peers that are installed (ARGS="--targets": what is promised)
 #   make setup        the virtual environment .venv alone; all of the above make it first (tests add their tools to it)
 #
@@ -23,7 +24,7 @@ ARGS ?=
 # One thread per process: on two cores, two such processes finish before one process of two threads.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4
 
-.PHONY: help demo test test-all lint benchmark setup force
+.PHONY: help demo test test-all lint docs benchmark setup force
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +45,13 @@ lint: $(TOOLS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# Every module; of a folder its name is enough.
+MODULES := $(filter-out %/__init__ %/__main__,$(basename $(wildcard spidr_hf/*.py))) \
+           $(patsubst %/__init__.py,%,$(wildcard spidr_hf/*/__init__.py))
+
+docs: $(TOOLS)
+	$(PY) -m pdoc --docformat google --output-directory docs spidr_hf $(subst /,.,$(MODULES))
 
 benchmark: $(STAMP)
 	$(PY) examples/benchmark.py $(ARGS)

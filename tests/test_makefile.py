@@ -31,7 +31,7 @@ def test_every_direct_dependency_has_a_tested_version():
 @needs_make
 def test_make_alone_lists_the_targets():
     text = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("demo", "test", "test-all", "lint", "benchmark", "setup"):
+    for target in ("demo", "test", "test-all", "lint", "docs", "benchmark", "setup"):
         assert re.search(rf"^  make {target} ", text, re.M)
 
 

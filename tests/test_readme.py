@@ -6,16 +6,13 @@ run this test.
 
 import re
 import shlex
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_model
-from walk import ROOT, command_lines, copy_repository, own_environment, type_in, write_checkpoint, write_speech
+from walk import ROOT, command_lines, copy_repository, own_environment, serve_checkpoint, type_in, write_speech
 
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
 from spidr_hf.conversion.sources import MIRROR_VARIABLE, published
@@ -52,16 +49,8 @@ def test_python_blocks(small_base, tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(small_base, tmp_path) -> Iterator[str]:
-    """Address of a server that has a checkpoint where the published one lies."""
-    folder = tmp_path / "served"
-    file = folder / published()["spidr-base"]["source"]["url"].split("/", 3)[3]
-    file.parent.mkdir(parents=True)
-    write_checkpoint(file, small_base)
-    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
+    with serve_checkpoint(tmp_path / "served", small_base) as address:
+        yield address
 
 
 @pytest.fixture

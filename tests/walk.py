@@ -7,13 +7,18 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import soundfile
 import torch
 
 from spidr_hf import SpidrForPretraining
+from spidr_hf.conversion.sources import published
 from spidr_hf.conversion.spidr_format import config_to_spidr, to_spidr
 from spidr_hf.data.manifests import read_manifest
 
@@ -86,6 +91,19 @@ def write_checkpoint(path: Path, model: SpidrForPretraining) -> None:
     path.with_name("config.json").write_text(json.dumps(config_to_spidr(model.config)))
 
 
+@contextmanager
+def serve_checkpoint(folder: Path, model: SpidrForPretraining) -> Iterator[str]:
+    """Address of a server that has `model` where the published spidr-base lies; a mirror for the converter."""
+    file = folder / published()["spidr-base"]["source"]["url"].split("/", 3)[3]
+    file.parent.mkdir(parents=True)
+    write_checkpoint(file, model)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
 __all__ = [
     "COPIED",
     "ROOT",
@@ -93,6 +111,7 @@ __all__ = [
     "command_lines",
     "copy_repository",
     "own_environment",
+    "serve_checkpoint",
     "type_in",
     "write_checkpoint",
     "write_speech",

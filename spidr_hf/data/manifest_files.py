@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
 
 
 def read_csv(path: Path) -> tuple[pa.Table, Path]:
+    """The known columns of a CSV with a header, and the folder that its paths are relative to."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         header = next(csv.reader(file), [])
     table = pyarrow.csv.read_csv(
@@ -41,6 +42,7 @@ def read_csv(path: Path) -> tuple[pa.Table, Path]:
 
 
 def read_jsonl(path: Path) -> tuple[pa.Table, Path]:
+    """The known columns of a file with an object per line, and the folder that its paths are relative to."""
     # The JSON reader knows no large_string; `_checked` casts.
     fields = {name: pa.string() if pa.types.is_large_string(kind) else kind for name, kind in _fields()}
     options = pyarrow.json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore")
@@ -51,11 +53,13 @@ def read_jsonl(path: Path) -> tuple[pa.Table, Path]:
 
 
 def read_parquet(path: Path) -> tuple[pa.Table, Path]:
+    """The known columns of a Parquet file, and the folder that its paths are relative to."""
     names = pyarrow.parquet.read_schema(path).names
     return pyarrow.parquet.read_table(path, columns=[name for name in SCHEMA.names if name in names]), path.parent
 
 
 def read_tsv(path: Path) -> tuple[pa.Table, Path]:
+    """Paths and lengths of a fairseq TSV, and the folder that its first line names."""
     with open(path, encoding="utf-8-sig") as file:
         root = os.path.expanduser(file.readline().rstrip("\r\n"))
     if not root or "\t" in root:
@@ -75,17 +79,20 @@ def _fields() -> list[tuple[str, pa.DataType]]:
 
 
 def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows as dicts, without all of them in memory at once."""
     for batch in table.to_batches(max_chunksize=65_536):
         yield from batch.to_pylist()
 
 
 def write_csv(file: IO[str], table: pa.Table) -> None:
+    """A header and a line per row."""
     writer = csv.DictWriter(file, table.column_names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows_of(table))
 
 
 def write_jsonl(file: IO[str], table: pa.Table) -> None:
+    """An object per row, without the values that it lacks."""
     for row in rows_of(table):
         file.write(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n")
 

@@ -22,6 +22,7 @@ def option(default: Any, doc: str, check: Callable[[Any], bool] | None = None, a
 
 
 def one_of(choices: Sequence[str]) -> dict[str, Any]:
+    """The check of a field that is one of these words."""
     return {"check": lambda value: value in choices, "allowed": "one of " + ", ".join(map(repr, choices))}
 
 
@@ -69,6 +70,7 @@ def _toml_key(key: str) -> str:
 
 
 def toml_value(value: Any) -> str:
+    """A bool, number, string or list as TOML has it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -84,11 +86,17 @@ def toml_value(value: Any) -> str:
 
 
 def hint(name: Any, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all."""
     nearest = get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f" Did you mean {nearest[0]!r}?" if nearest else f" Known: {', '.join(known)}."
 
 
 def make_section(cls: type, section: str, values: Mapping[str, Any]) -> Any:
+    """
+    A dataclass from the values of a config's section.
+
+    Raises `ValueError` that names the field which is unknown, of another type than its annotation, or out of bounds.
+    """
     known = {f.name: f for f in fields(cls)}
     types_ = typing.get_type_hints(cls)
     checked = {}
@@ -156,6 +164,7 @@ def parsed(value: Any) -> Any:
 
 
 def section_dict(section: Any) -> dict[str, Any]:
+    """Fields and values of a section, without those that are None."""
     values = {f.name: getattr(section, f.name) for f in fields(section)}
     return {name: value for name, value in values.items() if value is not None}
 
