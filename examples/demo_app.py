@@ -5,7 +5,8 @@
     python examples/demo_app.py                                # the model that `make demo` leaves in runs/demo/final
 
 Then open the address that it prints. The page runs on this machine and asks nothing of any other: recordings are
-deleted when it stops. --share asks Gradio's server for a public address for it, and only then do data leave.
+deleted when it stops, however it does. --share asks Gradio's server for a public address for it, and only then do
+data leave.
 
 Needs the extra `demo`: pip install 'spidr_hf[demo]'.
 """
@@ -13,7 +14,6 @@ Needs the extra `demo`: pip install 'spidr_hf[demo]'.
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from spidr_hf.system.errors import AudioError, NonFiniteError
 from spidr_hf.system.processes import device_of
 from spidr_hf.units.extractor import unit_layers
 from spidr_hf.units.unit_files import describe_model
+
+from .demo_page.temporary import temporary_folder
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "runs" / "demo" / "final"
 LABELS = ("A", "B")
@@ -49,11 +51,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.port is not None and not 0 < args.port < 65_536:
         parser.error(f"--port must lie between 1 and 65535, got {args.port}.")
-    with clear_errors(), tempfile.TemporaryDirectory(prefix="spidr_hf-page-") as folder:
+    with clear_errors("demo"), temporary_folder():
         if not args.model and not DEMO_MODEL.exists():
             raise ValueError("Say which model: --model facebook/spidr-base, for example; or run `make demo` first.")
-        # Gradio reads these when it is imported: no telemetry, no look for a newer version, uploads that do not stay.
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import: no telemetry, no look for a newer version
         names = args.model or [str(DEMO_MODEL)]
         models = {
             name: load_model(SpidrForAudioTokenization, name, device=device_of(args.device))
@@ -64,10 +65,8 @@ def main() -> None:
 
 def launch(models: dict[str, Any], port: int | None, share: bool) -> None:
     """Show the page until Ctrl-C."""
-    try:
-        import gradio
-    except ModuleNotFoundError:
-        sys.exit("error: The page needs Gradio, which the extra demo brings: pip install 'spidr_hf[demo]'.")
+    import gradio
+
     from .demo_page.unit_html import STYLE
 
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
@@ -93,7 +92,8 @@ def page(models: dict[str, Any]) -> Any:
     descriptions = {name: {**describe_model(model), "model": name} for name, (model, _) in models.items()}
 
     def update(name, layer, first, second, known):
-        """All that depends on model, layer and recordings. `known` keeps what was computed for the last ones."""
+        """All that depends on model, layer and recordings. `known` keeps what was computed for the last ones; of a file
+        that was refused, and is gone, the reason."""
         model, feature_extractor = models[name]
         layers = unit_layers(model.config)
         layer = layer if layer in layers else default_layer(model.config)
@@ -103,9 +103,14 @@ def page(models: dict[str, Any]) -> Any:
                 views.append("")
                 continue
             try:
+                if path in known:
+                    raise AudioError(known[path])
                 result = known.get((name, path)) or analyse_recording(path, model, feature_extractor)
             except (AudioError, NonFiniteError) as error:
                 views.append(problem_html(str(error)))
+                if isinstance(error, AudioError):
+                    results[path] = str(error)
+                    Path(path).unlink(missing_ok=True)
                 continue
             results[name, path] = result
             views.append(timeline_html(result, layer, label))
@@ -137,7 +142,7 @@ def page(models: dict[str, Any]) -> Any:
         """All that a unit covers in the recordings that are shown."""
         if unit is None or not known:
             return None
-        sound = cut_unit(list(known.values()), layer, unit)
+        sound = cut_unit([recording for recording in known.values() if not isinstance(recording, str)], layer, unit)
         return SAMPLING_RATE, (sound.clip(-1, 1) * 32767).astype("int16")
 
     with gr.Blocks(title="Speech as units", analytics_enabled=False) as blocks:

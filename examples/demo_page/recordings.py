@@ -21,6 +21,7 @@ from .comparison import compare_units
 
 FRAME = 0.02  # seconds per unit
 MAX_SECONDS = 60.0
+_MOST_VALUES = 48_000 * 60 * 16  # samples of all channels that are decoded: 60 s of 16 channels at 48 kHz
 _RATES = (4_000, 384_000)  # Hz: beyond them a header is broken, and resampling could take all memory
 _RATE = "{} has {} samples per second; {} to {} can be used."
 _PAUSE, _FADE = 0.15, 0.004  # seconds between the stretches of a unit, and at their ends against clicks
@@ -60,6 +61,8 @@ def read_recording(path: str | Path, *, min_samples: int = 1, max_seconds: float
         AudioError: for what is no audio, empty, too short, too long or broken, with words for who uploaded it.
     """
     name = Path(path).name
+    if not os.path.exists(path):
+        raise AudioError(f"{name} is not here any more. Choose it again.")
     if os.path.getsize(path) == 0:
         raise AudioError(f"{name} is empty: the file has no content. Record again, or choose another file.")
     try:
@@ -78,12 +81,17 @@ def read_recording(path: str | Path, *, min_samples: int = 1, max_seconds: float
             f"{name} is {_duration(seconds)} long; at most {max_seconds:g} seconds can be shown. Cut out a part, or "
             "use examples/extract_units.py for recordings of any length."
         )
+    if info.num_samples * info.channels > _MOST_VALUES:
+        raise AudioError(
+            f"{name} has {info.channels} channels at {info.sampling_rate} Hz, more than can be read at this length. "
+            "Mix them down to one, or cut out a part."
+        )
     if info.num_samples_16k < min_samples:
         raise AudioError(
             f"{name} is too short: {1000 * seconds:.3g} ms. One unit needs {1000 * min_samples / SAMPLING_RATE:.3g} ms."
         )
     try:
-        return read_audio(path, name=name, resample=True)
+        return read_audio(path, name=name, resample=True)  # block by block, and no further than the header says
     except AudioError as error:
         raise AudioError(f"{name} is damaged: it cannot be decoded to its end. Record or copy it again.") from error
 

@@ -1,15 +1,19 @@
 """The page of demo_app.py: its HTML, its command line, and what a person does on it in a real browser."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -18,8 +22,9 @@ from commands import fails, run_command
 from tiny import tiny_model
 from transformers import pipeline
 
-from spidr_hf import SpidrFeatureExtractor
+from spidr_hf import SpidrFeatureExtractor, SpidrForAudioTokenization
 from spidr_hf.data.manifests import read_manifest
+from spidr_hf.examples import demo_app
 from spidr_hf.examples.demo_page.recordings import Recording
 from spidr_hf.examples.demo_page.unit_html import (
     comparison_html,
@@ -28,6 +33,7 @@ from spidr_hf.examples.demo_page.unit_html import (
     timeline_html,
     unit_colour,
 )
+from spidr_hf.hub.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -118,25 +124,59 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def address(model, tmp_path_factory) -> Iterator[str]:
+@contextmanager
+def served(model: Path, folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The page's address and process; its temporary files lie in the folder `temporary`."""
     pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "page.log"
+    log, temporary = folder / "page.log", folder / "temporary"
+    temporary.mkdir()
     command = [sys.executable, ROOT / "examples" / "demo_app.py", "--model", model, "--port", str(port)]
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
         try:
             for _ in range(240):
                 if "Running on local URL" in log.read_text():
                     break
                 assert process.poll() is None, log.read_text()
                 time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
-            assert "Traceback" not in log.read_text(), log.read_text()
+            yield f"http://127.0.0.1:{port}", process
         finally:
             process.terminate()
+    assert "Traceback" not in log.read_text(), log.read_text()
+    assert not any(temporary.iterdir())  # recordings are deleted when it stops
+
+
+@pytest.fixture(scope="module")
+def address(model, tmp_path_factory) -> Iterator[str]:
+    with served(model, tmp_path_factory.mktemp("served")) as (address, _):
+        yield address
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_recordings_are_deleted_when_it_stops(number, model, files, tmp_path):
+    with served(model, tmp_path) as (address, process):
+        with (files / "first.wav").open("rb") as file:
+            uploaded = httpx.post(f"{address}/gradio_api/upload", files={"files": file})
+        assert Path(uploaded.json()[0]).is_relative_to(tmp_path / "temporary")
+        process.send_signal(number)
+        process.wait(60)
+
+
+def test_a_refused_upload_is_removed_and_its_reason_stays(model, files, tmp_path):
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
+    loaded = load_model(SpidrForAudioTokenization, str(model))
+    update = next(each.fn for each in demo_app.page({"model": loaded}).fns.values() if each.name == "update")
+    upload = Path(shutil.copy(files / "text.wav", tmp_path))
+    kept = Path(shutil.copy(files / "first.wav", tmp_path))
+    first = update("model", 6, str(upload), str(kept), {})
+    assert "text.wav is no audio file" in first[1] and not upload.exists() and kept.exists()
+    again = update("model", 7, str(upload), str(kept), first[-1])
+    assert again[1] == first[1] and "(layer 7)" in again[2]
+    assert isinstance(again[0], gradio.Dropdown)
 
 
 class Page:

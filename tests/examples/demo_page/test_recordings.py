@@ -57,6 +57,7 @@ def test_any_rate_and_channels(tmp_path):
         (lambda path: soundfile.write(path, noise(10), 2_000_000_011), "2000000011 samples per second"),
         (lambda path: soundfile.write(path, noise(61 * RATE), RATE), "61 seconds long; at most 60 seconds"),
         (lambda path: soundfile.write(path, noise(500 * 4_000), 4_000), "8 minutes long"),
+        (lambda path: path.unlink(missing_ok=True), "is not here any more"),
         (lambda path: soundfile.write(path, np.full(RATE, np.nan), RATE, subtype="FLOAT"), "is damaged"),
     ],
 )
@@ -73,6 +74,14 @@ def test_an_hour_is_refused_without_being_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr("spidr_hf.examples.demo_page.recordings.read_audio", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(AudioError, match=r"hour\.flac is 60 minutes long; at most 60 seconds can be shown"):
         read_recording(tmp_path / "hour.flac")
+
+
+def test_channels_are_refused_without_being_decoded(tmp_path, monkeypatch):
+    path = tmp_path / "wide.wav"  # as Ogg, a minute of such silence is 100 KB
+    soundfile.write(path, np.zeros((200_000, 255), np.int16), 48_000, subtype="PCM_U8")
+    monkeypatch.setattr("spidr_hf.examples.demo_page.recordings.read_audio", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(AudioError, match=r"wide\.wav has 255 channels at 48000 Hz"):
+        read_recording(path)
 
 
 def test_a_cut_off_file_is_damaged(tmp_path):
