@@ -22,7 +22,7 @@ from spidr_hf import SpidrForPretraining
 from spidr_hf.data.batches import Batch
 from spidr_hf.data.batching import BatchKey, Position
 from spidr_hf.pretraining.config import make_config
-from spidr_hf.pretraining.setup import compile_layers, make_optimizer
+from spidr_hf.pretraining.setup import compile_layers, make_optimizer, silence
 from spidr_hf.pretraining.updates import Updates
 from spidr_hf.system.commands import without_cudnn_attention
 from spidr_hf.system.host_copy import HostCopy
@@ -338,7 +338,7 @@ def test_the_pass_over_silence_is_not_compiled(tmp_path):
     compile_layers(model, backend=backend)
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     try:
-        distribute(model, SimpleNamespace(num_processes=2, device=torch.device("cpu")))
+        distribute(model, SimpleNamespace(num_processes=2, device=torch.device("cpu")), silence(model))
         assert backend.frame_count == 0
     finally:
         torch.distributed.destroy_process_group()

@@ -7,10 +7,7 @@ goes on after an interruption at the very next batch.
 
 import gc
 import json
-import math
-import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,20 +18,19 @@ import torch.distributed as dist
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ..configuration_spidr import SAMPLING_RATE
+from ..configuration_spidr import SAMPLING_RATE, frame_lengths
 from ..data.batches import dropout_seed, make_loader, min_samples
 from ..data.batching import BucketSampler, Position
 from ..data.sections import DataSection
 from ..hub.card import finetuned_card
 from ..modeling_spidr_heads import SpidrHeadModel
-from ..system.errors import RunFolderError
 from ..system.files import replaced_file, replaced_folder, write_text
 from ..system.processes import RunLock
 from ..training.checkpoints import Checkpoints, TrainerState, agree, set_aside
-from ..training.optimizing import scale_and_clip
+from ..training.optimizing import UpdateGuard, scale_and_clip
 from ..training.schedules import learning_rate
+from ..training.sharding import distribute, gradient_sync
 from ..training.stopping import StopSignal
 from .batches import Part
 from .reporter import Reporter, best_step, say
@@ -94,7 +90,7 @@ def finetune(
         checkpoint.load_optimizer(optimizer, {parameter: name for name, parameter in model.named_parameters()})
     # The optimizer knows all that ever trains; what has no gradient yet it passes over.
     set_trainable(model, settings, encoder=settings.trains_encoder(state.step + 1))
-    shared, parameters = share(task, device, world_size)
+    shared, parameters = share(task, state_of_processes)
 
     # ---- batches, and what is reported
     lengths = np.zeros_like(train.source.num_samples)
@@ -125,6 +121,8 @@ def finetune(
         f"{world_size} process{'es' * (world_size > 1)} on {device.type}"
     )
     reporter = Reporter(folder, settings, state, is_main)
+    remedy = "Start anew with a lower --lr or with --dtype float32."
+    guard = UpdateGuard(state, _MAX_NONFINITE, remedy, say)
     stop = StopSignal(device, folders=[checkpoints.folder])
     precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.dtype == "bfloat16")
     batches = iter(loader) if state.step < settings.steps else None
@@ -137,16 +135,16 @@ def finetune(
         if step == settings.freeze_encoder_steps + 1 and step > state.step and settings.freeze_encoder_steps:
             set_trainable(model, settings, encoder=settings.trains_encoder(step))
             shared = None
-            shared, parameters = share(task, device, world_size)
+            shared, parameters = share(task, state_of_processes)
+            train_mode(model, settings)
 
         totals = torch.zeros(2, device=device)
-        for turn in range(settings.accumulation):
+        for number in range(settings.accumulation):
             batch = next(batches)  # type: ignore[arg-type]
             reporter.batch(batch)
             # Named after the batch, the random numbers of dropout and masks need not be saved.
             torch.manual_seed(dropout_seed(settings.seed, batch.key))
-            alone = world_size == 1 or turn == settings.accumulation - 1
-            with nullcontext() if alone else shared.no_sync():
+            with gradient_sync(shared, number == settings.accumulation - 1):
                 with precision:
                     loss = shared(**batch.to(device).inputs).loss
                 count = task.count(batch.labels)
@@ -157,19 +155,9 @@ def finetune(
             dist.all_reduce(totals)
         norm = scale_and_clip(parameters, world_size / totals[1], settings.max_norm)
         mean_loss, grad_norm = torch.stack([totals[0] / totals[1], norm]).tolist()
-        if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+        if guard.finite(step, mean_loss, grad_norm):
             optimizer.step()
-            state.nonfinite_in_a_row = 0
             reporter.averages.add({"loss": mean_loss, "grad_norm": grad_norm})
-        else:
-            state.skipped_steps += 1
-            state.nonfinite_in_a_row += 1
-            say(f"Step {step}: loss {mean_loss}, gradient norm {grad_norm}. The update is skipped.")
-            if state.nonfinite_in_a_row >= _MAX_NONFINITE:
-                raise RunFolderError(
-                    f"{_MAX_NONFINITE} updates in a row had a non-finite loss or gradient, the last at step {step}. "
-                    "Start anew with a lower --lr or with --dtype float32."
-                )
         optimizer.zero_grad()
 
         state.step, (state.epoch, state.batch) = step, batch.key.following
@@ -262,29 +250,12 @@ def train_mode(model: SpidrHeadModel, settings: Settings) -> None:
         model.spidr.eval()
 
 
-def share(task: Task, device: torch.device, world_size: int) -> tuple[nn.Module, list[nn.Parameter]]:
+def share(task: Task, processes: PartialState) -> tuple[nn.Module, list[nn.Parameter]]:
     """The model as the processes share it, and what trains; anew whenever the latter changes."""
-    model = task.model
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if world_size == 1:
-        return model, parameters
-    gc.collect()
-    model.train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        shared = DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type != "cpu" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-    # After its first backward DDP arranges its buckets, and the order of its sums, anew: got over with here, a resumed
-    # run sums as one never interrupted.
-    silence = torch.zeros(1, SAMPLING_RATE, device=device)
-    frames = int(model._get_feat_extract_output_lengths(SAMPLING_RATE))
-    shared(silence, labels=task.example_labels(frames).to(device)).loss.backward()
-    model.zero_grad()
-    return shared, parameters
+    model = task.model.train()
+    labels = task.example_labels(frame_lengths(model.config, SAMPLING_RATE))
+    shared = distribute(model, processes, {"input_values": torch.zeros(1, SAMPLING_RATE), "labels": labels})
+    return shared, [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 __all__ = ["finetune", "set_trainable"]

@@ -51,7 +51,9 @@ from ..data.sources import AudioSource
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..modeling_spidr_pretraining import SpidrForPretraining, SpidrForPretrainingOutput
 from ..system.errors import AudioError, ConfigError
+from ..training.checkpoints import TrainerState as RunState
 from ..training.metrics import Averages, curves
+from ..training.optimizing import UpdateGuard
 from ..training.schedules import learning_rate
 from ..training.sharding import global_norm
 from .config import PretrainingConfig
@@ -74,12 +76,12 @@ class SpidrTrainerCallback(TrainerCallback):
     """
 
     def __init__(self, max_nonfinite_steps: int = 10):
-        self.max_nonfinite_steps = max_nonfinite_steps
         self._averages, self._watch = Averages(), CollapseWatch()
         self._decay = 1.0
         self._counted = 0  # batches whose loss went through `compute_loss` since the last update
         self._result: StepResult | None = None
-        self._nonfinite_in_a_row = 0
+        remedy = "Lower the learning rate."
+        self._guard = UpdateGuard(RunState(), max_nonfinite_steps, remedy, logger.warning)
         self._hook: Any = None
 
     def compute_loss(
@@ -131,16 +133,9 @@ class SpidrTrainerCallback(TrainerCallback):
         self._counted = 0
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         self._result = StepResult.fetch(model.reduce_statistics(), global_norm(gradients))
-        if self._result.finite:
-            self._nonfinite_in_a_row = 0
-            return
-        for parameter in model.parameters():
-            parameter.grad = None
-        self._nonfinite_in_a_row += 1
-        message = f"Step {state.global_step + 1}: loss {self._result.loss}, or its gradient, is not finite."
-        if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
-            raise RuntimeError(f"{message} This is the {self._nonfinite_in_a_row}th in a row: lower the learning rate.")
-        logger.warning("%s The update is skipped.", message)
+        if not self._guard.finite(state.global_step + 1, self._result.loss, self._result.grad_norm):
+            for parameter in model.parameters():
+                parameter.grad = None
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs

@@ -18,7 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..data.batches import Batch, dropout_seed
+from ..data.batches import Batch, dropout_seed, min_samples
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.card import trained_card
 from ..kernels_spidr import kernel_trouble, use_kernels
@@ -244,8 +244,17 @@ class Learner:
 
     def _share(self) -> None:
         self._distributed = None  # an earlier wrapping goes first
-        self._distributed = distribute(self.model, self._accelerator)
+        self._distributed = distribute(self.model, self._accelerator, silence(self.model))
+        self.model.discard_statistics()
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def silence(model: SpidrForPretraining) -> dict[str, Tensor]:
+    """Inputs of two frames of silence, one of them masked if the mask embedding trains: what `distribute` needs."""
+    inputs = {"input_values": torch.zeros(1, min_samples(model.config))}
+    if model.spidr.masked_spec_embed.requires_grad:
+        inputs["mask_time_indices"] = torch.zeros(1, 1, dtype=torch.int64)
+    return inputs
 
 
 def keep_compiled(folder: Path) -> None:
@@ -360,6 +369,7 @@ __all__ = [
     "make_accelerator",
     "make_optimizer",
     "save_final",
+    "silence",
     "small_batch_note",
     "spidr_name",
     "whole_model",

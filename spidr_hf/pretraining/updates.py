@@ -17,10 +17,9 @@ from torch import Tensor
 from ..codebooks_spidr import SpidrTrainingStatistics
 from ..data.batches import Batch
 from ..modeling_spidr import SpidrForPretraining
-from ..system.errors import RunFolderError
 from ..system.host_copy import HostCopy
 from ..training.checkpoints import TrainerState
-from ..training.optimizing import LossScale
+from ..training.optimizing import LossScale, UpdateGuard
 from ..training.sharding import is_sharded
 
 
@@ -123,8 +122,10 @@ class Updates:
         max_nonfinite: int,
         late: bool | None = None,
     ):
-        self.model, self.optimizer, self.state, self.loss_scale = model, optimizer, state, loss_scale
-        self.reporter, self.max_nonfinite = reporter, max_nonfinite
+        self.model, self.optimizer, self.loss_scale = model, optimizer, loss_scale
+        self.reporter = reporter
+        remedy = "Resume from the checkpoint before with a lower optimizer.lr or with optimizer.dtype float32."
+        self._guard = UpdateGuard(state, max_nonfinite, remedy, reporter.say)
         on_gpu = next(model.parameters()).is_cuda
         self.late = on_gpu and not is_sharded(model) and not loss_scale.enabled if late is None else late
         self._waiting: _Waiting | None = None
@@ -164,27 +165,13 @@ class Updates:
             self._report(waiting)
 
     def _report(self, update: _Waiting) -> None:
-        result, state = update.numbers.result(), self.state
-        if result.finite:
-            state.nonfinite_in_a_row = 0
-        else:
-            state.skipped_steps += 1
-            state.nonfinite_in_a_row += not self.loss_scale.explains_overflow
-            self.reporter.say(
-                f"Step {update.step}: loss {result.loss}, gradient norm {result.grad_norm}. The update is skipped "
-                f"({state.skipped_steps} so far)."
-            )
-        self.loss_scale.update(result.finite)
+        result = update.numbers.result()
         for batch in update.batches:
             self.reporter.batch(batch)
         epoch = update.batches[-1].key.epoch
         self.reporter.update(update.step, epoch, result, update.lr, update.decay)
-        if state.nonfinite_in_a_row >= self.max_nonfinite:
-            raise RunFolderError(
-                f"{state.nonfinite_in_a_row} updates in a row had a non-finite loss or gradient, the last at step "
-                f"{update.step} (loss {result.loss}, gradient norm {result.grad_norm}). Resume from the checkpoint "
-                "before with a lower optimizer.lr or with optimizer.dtype float32."
-            )
+        excused = self.loss_scale.explains_overflow
+        self.loss_scale.update(self._guard.finite(update.step, result.loss, result.grad_norm, excused=excused))
 
 
 __all__ = ["Listener", "PendingResult", "StepResult", "Updates"]

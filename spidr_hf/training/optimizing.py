@@ -1,10 +1,13 @@
-"""What is done to gradients and optimizer between backward and update."""
+"""What is done to gradients and optimizer between backward and update, and whether the update is made."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..system.errors import RunFolderError
+from .checkpoints import TrainerState
 from .sharding import global_norm, local_shard
 
 
@@ -65,4 +68,38 @@ class LossScale:
         return {"value": self.value, "since_change": self._since_change}
 
 
-__all__ = ["LossScale", "drop_frozen", "scale_and_clip"]
+class UpdateGuard:
+    """Tells updates that may be made from those to skip, and ends a run that skips too many in a row.
+
+    Args:
+        state: takes note of skipped updates.
+        limit: so many in a row end the run.
+        remedy: what the user can do then, a sentence.
+        say: takes a line for the user.
+    """
+
+    def __init__(self, state: TrainerState, limit: int, remedy: str, say: Callable[[str], object]):
+        self.state, self.limit, self.remedy, self.say = state, limit, remedy, say
+
+    def finite(self, step: int, loss: float, grad_norm: float, *, excused: bool = False) -> bool:
+        """Whether the numbers of an update, the same on every process, are finite.
+
+        Where they are not, the user is told. `excused`: such an update does not count among those in a row. Raises
+        `RunFolderError` where there are too many of them.
+        """
+        state, numbers = self.state, f"loss {loss}, gradient norm {grad_norm}"
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            state.nonfinite_in_a_row = 0
+            return True
+        state.skipped_steps += 1
+        state.nonfinite_in_a_row += not excused
+        self.say(f"Step {step}: {numbers}. The update is skipped ({state.skipped_steps} so far).")
+        if state.nonfinite_in_a_row >= self.limit:
+            raise RunFolderError(
+                f"{state.nonfinite_in_a_row} updates in a row had a non-finite loss or gradient, the last at step "
+                f"{step} ({numbers}). {self.remedy}"
+            )
+        return False
+
+
+__all__ = ["LossScale", "UpdateGuard", "drop_frozen", "scale_and_clip"]

@@ -11,12 +11,12 @@ Checkpoints hold whole tensors, so that a run can resume with or without shards 
 import gc
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,7 +24,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, re
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..configuration_spidr import receptive_field
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError
 
@@ -117,34 +116,34 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     return squares.sqrt()
 
 
-def distribute(model: SpidrForPretraining, accelerator: Accelerator) -> nn.Module:
+def distribute(model: nn.Module, processes: Accelerator | PartialState, silence: Mapping[str, Tensor]) -> nn.Module:
     """The model as the processes share it: in DDP, or as it is where there is one process or it is sharded.
 
-    It is to be wrapped anew after the freeze, since gradients that never come block DDP.
+    It is to be wrapped anew when other parameters train than before, since gradients that never come block DDP; what
+    it was wrapped in must be let go of first.
+
+    Args:
+        model: on its device, and in train mode.
+        silence: the model's inputs for a short batch, with gradients for all that trains.
     """
-    if accelerator.num_processes == 1 or is_sharded(model):
+    if processes.num_processes == 1 or is_sharded(model):
         return model
     gc.collect()  # an earlier wrapping's hooks go with it
-    device = accelerator.device
+    device = processes.device
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the newer name of `broadcast_buffers` is too new
         wrapped = DistributedDataParallel(
             model,
             device_ids=[device] if device.type != "cpu" else None,
-            # Codebooks and step move alike on every process; the model's own all-reduce sees to it.
+            # Codebooks and step move alike on every process; pretraining's own all-reduce sees to it.
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
-    # After its first backward DDP arranges its buckets anew, and with them the order of its sums. A pass over two
-    # frames of silence gets that over with, so that a resumed run sums in the order of one never interrupted.
-    silence = torch.zeros(1, receptive_field(model.config) + model.config.inputs_to_logits_ratio, device=device)
-    masked = (
-        torch.zeros(1, 1, dtype=torch.int64, device=device) if model.spidr.masked_spec_embed.requires_grad else None
-    )
-    # It is like no batch of the run: compiled, it would cost graphs that nothing else uses.
+    # After its first backward DDP arranges its buckets anew, and with them the order of its sums. A pass over silence
+    # gets that over with, so that a resumed run sums in the order of one never interrupted. It is like no batch of the
+    # run: compiled, it would cost graphs that nothing else uses.
     with torch.compiler.set_stance("force_eager"):
-        wrapped(silence, mask_time_indices=masked).loss.backward()
-    model.discard_statistics()
+        wrapped(**{name: value.to(device) for name, value in silence.items()}).loss.backward()
     model.zero_grad()
     return wrapped
 
