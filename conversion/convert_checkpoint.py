@@ -25,6 +25,7 @@ import huggingface_hub
 from transformers.utils import logging
 
 from spidr_hf.hub.card import converted_card
+from spidr_hf.system.files import remove_abandoned
 from spidr_hf.system.messages import one_line
 
 from .checkpoints import read_config, read_pretraining_checkpoint
@@ -32,7 +33,6 @@ from .errors import ConversionError
 from .model_folder import check_free, save_model, whole_folder
 from .sources import MIRROR_VARIABLE, Source, find_source, published
 from .tensors import ALLOW_NON_FINITE
-from .unfinished import remove_abandoned, writing
 from .verify import TOLERANCE, compare_with_spidr, require_spidr
 
 
@@ -79,8 +79,7 @@ def convert(
         card = converted_card(
             converted.config, model_id=model_id, origin=found.origin, update_count=step, card=found.card
         )
-        with writing(Path(output)):
-            (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return found
 
 

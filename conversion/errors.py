@@ -1,6 +1,14 @@
 """What goes wrong in a conversion, one class per kind; every message says what to do."""
 
-from spidr_hf.system.messages import one_line
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from spidr_hf.system.messages import one_line, shown
 
 
 class ConversionError(ValueError):
@@ -25,4 +33,21 @@ class NonFiniteError(ConversionError):
     """Tensors with NaN or infinite numbers."""
 
 
-__all__ = ["ConversionError", "NonFiniteError", "TensorMismatchError", "UnsafeCheckpointError"]
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turns what goes wrong while `target` is written, a full disk above all, into one line that names it.
+
+    Raises:
+        ConversionError: in place of `OSError` and the errors that safetensors and PyTorch make of it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConversionError(f"{shown(target)} cannot be written: {error.strerror or error}.") from None
+    except (SafetensorError, RuntimeError) as error:
+        space = os.strerror(errno.ENOSPC)
+        full = " (is the disk full?)" if space not in str(error) else ""
+        raise ConversionError(f"{shown(target)} cannot be written{full}: {one_line(error, 200)}") from None
+
+
+__all__ = ["ConversionError", "NonFiniteError", "TensorMismatchError", "UnsafeCheckpointError", "writing"]

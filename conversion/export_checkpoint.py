@@ -19,13 +19,13 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 
 import torch
 
+from spidr_hf.system.files import new_parents, publish, unfinished
 from spidr_hf.system.messages import one_line, shown
 
-from .errors import ConversionError, TensorMismatchError
+from .errors import ConversionError, TensorMismatchError, writing
 from .model_folder import load_folder
 from .spidr_format import config_to_spidr, to_spidr
 from .tensors import ALLOW_NON_FINITE, check_tensors, expected_tensors
-from .unfinished import publish, unfinished, writing
 
 
 def export(folder: str | os.PathLike, output: str | os.PathLike, *, allow_non_finite: bool = False) -> None:
@@ -60,29 +60,20 @@ def export(folder: str | os.PathLike, output: str | os.PathLike, *, allow_non_fi
     for path, unchanged in ((output, False), (beside, kept)):
         if path.exists() and not unchanged:
             raise ConversionError(f"{shown(path)} exists already. Remove it or write somewhere else.")
-    created = [parent for parent in output.absolute().parents if not parent.exists()]
-    try:
-        with writing(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished(output) as tensor_file, unfinished(beside) as config_file:
-                with tensor_file.open("wb") as file:  # by its name, PyTorch would write the temporary one into it
-                    torch.save({"model": to_spidr(tensors)}, file)
-                config_file.write_text(text, encoding="utf-8")
-                for partial in (tensor_file, config_file):
-                    publish(partial)
-                if not kept:
-                    config_file.rename(beside)
-                try:
-                    tensor_file.rename(output)
-                except OSError:
-                    if not kept:
-                        beside.unlink()
-                    raise
-    except BaseException:
-        for parent in created:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        raise
+    with writing(output), new_parents(output), unfinished(output) as tensor_file, unfinished(beside) as config_file:
+        with tensor_file.open("wb") as file:  # by its name, PyTorch would write the temporary one into it
+            torch.save({"model": to_spidr(tensors)}, file)
+        config_file.write_text(text, encoding="utf-8")
+        for partial in (tensor_file, config_file):
+            publish(partial)
+        if not kept:
+            config_file.rename(beside)
+        try:
+            tensor_file.rename(output)
+        except OSError:
+            if not kept:
+                beside.unlink()
+            raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining
+from spidr_hf.system.files import replaced_folder
 from spidr_hf.system.messages import shown
 
-from .errors import ConversionError
+from .errors import ConversionError, writing
 from .spidr_format import Converted
 from .tensors import check_finite, check_sizes, same_bits
 from .text_files import read_table, refuse_lfs_pointer
-from .unfinished import publish, unfinished, writing
 
 _INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 8 << 20  # of a safetensors file
@@ -33,22 +33,8 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(target).absolute()
     check_free(target)
-    created = [folder for folder in target.parents if not folder.exists()]
-    try:
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished(target, folder=True) as partial:
-            yield partial
-            with writing(target):
-                publish(partial)
-                if target.exists():
-                    target.rmdir()
-                partial.rename(target)
-    except BaseException:
-        for folder in created:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        raise
+    with writing(target), replaced_folder(target, new=True) as partial:
+        yield partial
 
 
 def check_free(target: Path) -> None:
@@ -67,9 +53,8 @@ def save_model(converted: Converted, folder: Path) -> None:
     with torch.device("meta"):
         model = SpidrForPretraining(converted.config)
     model.load_state_dict(converted.tensors, strict=True, assign=True)
-    with writing(folder):
-        model.save_pretrained(folder)
-        SpidrFeatureExtractor().save_pretrained(folder)
+    model.save_pretrained(folder)
+    SpidrFeatureExtractor().save_pretrained(folder)
     reloaded = SpidrForPretraining.from_pretrained(folder, local_files_only=True).state_dict()
     changed = [name for name, tensor in converted.tensors.items() if not same_bits(tensor, reloaded[name])]
     if changed or set(reloaded) != set(converted.tensors):

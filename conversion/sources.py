@@ -25,11 +25,11 @@ from huggingface_hub.errors import (
 from tqdm import tqdm
 
 from spidr_hf.hub.card import CARDS
+from spidr_hf.system.files import publish, unfinished
 from spidr_hf.system.messages import one_line, shown
 
 from .errors import ConversionError
 from .text_files import parse_table, read_table
-from .unfinished import publish, unfinished
 
 MIRROR_VARIABLE = "SPIDR_HF_MIRROR"
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")

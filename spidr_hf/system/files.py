@@ -1,12 +1,14 @@
 """Files and folders that are there completely or not at all, whenever the process is killed."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,6 +22,8 @@ _NOT_ALLOWED = {errno.EPERM, errno.EACCES, errno.EROFS}
 _NO_FOLDERS = {errno.EBADF, errno.EISDIR}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _LONGEST_STEM = 60
+_LONGEST_NAME = 200  # bytes; file systems take 255 with what is put around it
+_SUFFIX = ".partial"
 
 
 @contextmanager
@@ -37,37 +41,124 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            make_public(partial)
-            sync(partial)
+            publish(partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
+def replaced_folder(folder: str | os.PathLike, *, new: bool = False) -> Iterator[Path]:
     """A new folder to write into that takes the name `folder` when it is complete and synced, or never does.
 
-    An `OSError` from here names the folder.
+    Of a block that fails nothing is left, nor of folders above `folder` that were made for it. `new`: a folder of that
+    name with something in it is left as it is. An `OSError` from here names the folder.
     """
-    folder = Path(folder)
-    partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
-    with naming(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            for path in (*partial.rglob("*"), partial):
-                make_public(path)
-                sync(path)
-            if folder.exists():
+    folder = Path(folder).absolute()
+    old = folder.with_name(f".{folder.name[:_LONGEST_STEM]}.old")
+    with naming(folder), new_parents(folder), unfinished(folder, folder=True) as partial:
+        yield partial
+        publish(partial)
+        if folder.exists():
+            if new:
+                folder.rmdir()
+            else:
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
-            partial.rename(folder)
-            sync(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
+        partial.rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def new_parents(path: Path) -> Iterator[None]:
+    """Makes the folders above a path; where the block fails, those that it made go again, if they are empty."""
+    made = [parent for parent in path.absolute().parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def unfinished(target: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A new file or folder beside `target` (whose parent exists), removed at the end unless it has been renamed.
+
+    Until then a lock tells other processes that somebody is writing it; what processes that are gone have left of the
+    same target is removed first.
+    """
+    remove_abandoned(target)
+    path, lock = _new_locked(target, folder)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove what killed processes left `unfinished` of `target`, and nothing that a living one is writing."""
+    ours = re.compile(re.escape(_prefix(target)) + "[a-z0-9_]+" + re.escape(_SUFFIX))
+    for path in target.parent.iterdir() if target.parent.is_dir() else ():
+        if not ours.fullmatch(path.name) or path.is_symlink():
+            continue
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(path)
+        except OSError:
+            pass  # a living process has it, or this file system knows no locks and nobody can tell
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def publish(path: Path) -> None:
+    """Give a file, or a folder with all that is in it, the permissions of any new one, and wait until it is on disk."""
+    for entry in (*path.rglob("*"), path) if path.is_dir() else (path,):
+        make_public(entry)
+        sync(entry)
+
+
+def _prefix(target: Path) -> str:
+    name = os.fsencode(target.name)
+    return f".{target.name if len(name) <= _LONGEST_NAME else hashlib.sha256(name).hexdigest()[:32]}."
+
+
+def _new_locked(target: Path, folder: bool) -> tuple[Path, int | None]:
+    """A new path and the descriptor that holds its lock. Where there are no locks, nobody will remove it for us."""
+    while True:
+        path = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}{_SUFFIX}")
+        try:
+            path.mkdir() if folder else path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except OSError:
+            return path, None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            theirs = not (path.exists() and os.path.samestat(os.fstat(lock), path.stat()))
+        except OSError as error:
+            theirs = isinstance(error, BlockingIOError)
+        if not theirs:
+            return path, lock
+        os.close(lock)  # another process that tidies up has come between the two, and removes it
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -161,10 +252,14 @@ __all__ = [
     "is_writing",
     "make_public",
     "naming",
+    "new_parents",
+    "publish",
+    "remove_abandoned",
     "replaced_file",
     "replaced_folder",
     "sync",
     "sync_open",
+    "unfinished",
     "write_bytes",
     "write_text",
 ]

@@ -8,7 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spidr_hf.system.files import make_public, replaced_file, replaced_folder, sync, write_text
+from spidr_hf.system.files import (
+    make_public,
+    remove_abandoned,
+    replaced_file,
+    replaced_folder,
+    sync,
+    unfinished,
+    write_text,
+)
 
 
 def refusing(monkeypatch, name: str, number: int, when=lambda *arguments: True) -> None:
@@ -104,3 +112,59 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, small_files
 def test_names_as_long_as_disks_allow(tmp_path, name):
     write_text(tmp_path / name, "x")
     assert (tmp_path / name).read_text() == "x"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_what_a_living_process_writes_stays(kind: bool, tmp_path: Path) -> None:
+    target = tmp_path / "o"
+    ready, go_on = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        with unfinished(target, folder=kind):
+            os.write(ready[1], b"x")
+            os.read(go_on[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    (left,) = tmp_path.iterdir()
+    remove_abandoned(target)
+    with unfinished(target, folder=kind) as other:
+        assert left.exists() and other != left
+    assert left.exists()
+    os.write(go_on[1], b"x")
+    assert os.waitpid(child, 0)[1] == 0
+    assert names(tmp_path) == []
+
+
+def test_only_what_is_certainly_ours_is_removed(tmp_path: Path) -> None:
+    others = [".o.pt.abcdefgh.partial", ".oo.abcdefgh.partial", ".o.partial"]
+    others += ["o.abcdefgh.partial", ".o.abcdefgh.partial.txt"]
+    for name in others:
+        (tmp_path / name).write_text("keep")
+    (tmp_path / ".o.linked_1.partial").symlink_to(tmp_path / others[0])
+    (tmp_path / ".o.abcdefgh.partial").mkdir()
+    remove_abandoned(tmp_path / "o")
+    assert names(tmp_path) == sorted([*others, ".o.linked_1.partial"])
+
+
+def test_two_that_write_one_folder_leave_each_other_alone(tmp_path):
+    target = tmp_path / "made" / "target"
+    with replaced_folder(target) as first:
+        (first / "file").write_text("first")
+        with replaced_folder(target) as second:
+            (second / "file").write_text("second")
+        assert (target / "file").read_text() == "second" and (first / "file").read_text() == "first"
+    assert (target / "file").read_text() == "first" and names(target.parent) == ["target"]
+    with pytest.raises(OSError, match="not empty") as caught, replaced_folder(target, new=True):
+        pass
+    assert caught.value.filename == str(target) and (target / "file").read_text() == "first"
+
+
+def test_of_a_block_that_fails_no_folder_above_is_left(tmp_path):
+    with pytest.raises(ValueError, match="as it is"), replaced_folder(tmp_path / "a" / "b" / "c") as folder:
+        (folder / "file").touch()
+        raise ValueError("as it is")
+    assert names(tmp_path) == []

@@ -11,7 +11,6 @@ import pytest
 from safetensors.torch import load_file
 
 from spidr_hf.conversion import convert_checkpoint, export_checkpoint
-from spidr_hf.conversion.unfinished import remove_abandoned, unfinished
 
 TINY = Path(__file__).parents[1] / "fixtures" / "parity" / "spidr-tiny" / "checkpoint.pt"
 
@@ -113,38 +112,6 @@ def test_a_killed_export_between_its_two_files_goes_on(folder: Path, tmp_path: P
     (tmp_path / "x.pt").unlink()
     export_checkpoint.export(folder, tmp_path / "x.pt")
     assert (tmp_path / "x.pt").read_bytes() == whole
-
-
-@pytest.mark.parametrize("kind", [True, False])
-def test_what_a_living_process_writes_stays(kind: bool, tmp_path: Path) -> None:
-    target = tmp_path / "o"
-    ready, go_on = os.pipe(), os.pipe()
-    child = os.fork()
-    if not child:
-        with unfinished(target, folder=kind):
-            os.write(ready[1], b"x")
-            os.read(go_on[0], 1)
-        os._exit(0)
-    os.read(ready[0], 1)
-    (left,) = tmp_path.iterdir()
-    remove_abandoned(target)
-    with unfinished(target, folder=kind) as other:
-        assert left.exists() and other != left
-    assert left.exists()
-    os.write(go_on[1], b"x")
-    assert os.waitpid(child, 0)[1] == 0
-    assert names(tmp_path) == []
-
-
-def test_only_what_is_certainly_ours_is_removed(tmp_path: Path) -> None:
-    others = [".o.pt.abcdefgh.partial", ".oo.abcdefgh.partial", ".o.partial"]
-    others += ["o.abcdefgh.partial", ".o.abcdefgh.partial.txt"]
-    for name in others:
-        (tmp_path / name).write_text("keep")
-    (tmp_path / ".o.linked_1.partial").symlink_to(tmp_path / others[0])
-    (tmp_path / ".o.abcdefgh.partial").mkdir()
-    remove_abandoned(tmp_path / "o")
-    assert names(tmp_path) == sorted([*others, ".o.linked_1.partial"])
 
 
 @pytest.mark.parametrize("name", ["n" * 237, "n" * 255, "ü" * 127])
