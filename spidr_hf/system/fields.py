@@ -1,6 +1,5 @@
 """Documented fields of a configuration: their values from TOML or the command line, checked, and back to TOML."""
 
-import json
 import math
 import tomllib
 import types
@@ -9,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
 from typing import Any
+
+import tomlkit
 
 from .errors import ConfigError
 
@@ -49,40 +50,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 def dump_toml(sections: Mapping[str, Any]) -> str:
     """Nested tables of strings, numbers, booleans and lists as TOML; None is left out."""
-    lines: list[str] = []
-    _dump_table(sections, "", lines)
-    return "\n".join(lines).strip() + "\n"
+    return tomlkit.dumps(_without_none(sections))
 
 
-def _dump_table(table: Mapping[str, Any], name: str, lines: list[str]) -> None:
-    for key, value in table.items():
-        if value is not None and not isinstance(value, Mapping):
-            lines.append(f"{_toml_key(key)} = {toml_value(value)}")
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            full = f"{name}.{_toml_key(key)}" if name else _toml_key(key)
-            lines += ["", f"[{full}]"]
-            _dump_table(value, full, lines)
-
-
-def _toml_key(key: str) -> str:
-    return key if key and all(c.isascii() and (c.isalnum() or c in "-_") for c in key) else json.dumps(key)
+def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in table.items() if value is not None}
+    return {key: _without_none(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def toml_value(value: Any) -> str:
-    """A bool, number, string or list as TOML has it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        # JSON's strings are TOML's, but for the one control character that JSON leaves as it is.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(toml_value, value))}]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_toml_key(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return {math.inf: "inf", -math.inf: "-inf"}.get(value, "nan")
-    return repr(value)
+    """A bool, number, string, list or table as TOML has it."""
+    return tomlkit.item(value).as_string()
 
 
 def hint(name: Any, known: Sequence[str]) -> str:
