@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -90,7 +90,28 @@ Waveform = np.ndarray | LongRecording
 
 
 @dataclass
-class Batch:
+class ModelBatch:
+    """A batch of which some fields, those named in `TENSORS`, are what the model takes."""
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("input_values", "attention_mask")
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model takes."""
+        return {name: tensor for name in self.TENSORS if (tensor := getattr(self, name)) is not None}
+
+    def to(self, device: torch.device | str) -> Self:
+        """The batch with its tensors on a device; copies from pinned memory do not wait."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        return dataclasses.replace(self, **moved)
+
+    def pin_memory(self) -> Self:
+        """The batch with its tensors in page-locked memory (called by the data loader)."""
+        return dataclasses.replace(self, **{name: tensor.pin_memory() for name, tensor in self.inputs.items()})
+
+
+@dataclass
+class Batch(ModelBatch):
     """One batch of one process.
 
     Attributes:
@@ -104,6 +125,8 @@ class Batch:
         place: of a streamed batch, where its stream stands after it (`streaming.Stream`).
     """
 
+    TENSORS = ("input_values", "mask_time_indices", "attention_mask")
+
     input_values: Tensor
     mask_time_indices: Tensor | None
     attention_mask: Tensor | None
@@ -112,21 +135,6 @@ class Batch:
     skipped: list[Skipped] = field(default_factory=list)
     failure: str | None = None
     place: dict[str, Any] | None = None
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """What the model takes."""
-        names = ("input_values", "mask_time_indices", "attention_mask")
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on a device; copies from pinned memory do not wait."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return dataclasses.replace(self, **moved)
-
-    def pin_memory(self) -> "Batch":
-        """The batch with its tensors in page-locked memory (called by the data loader)."""
-        return dataclasses.replace(self, **{name: tensor.pin_memory() for name, tensor in self.inputs.items()})
 
 
 class CropError(Exception):
@@ -171,11 +179,7 @@ class BatchBuilder:
         return waveform if self._standardize is None else self._standardize(waveform)
 
     def _check_length(self, length: int, expected: int, fileid: str) -> None:
-        if length < max(self.min_samples, _SHORTER * min(expected, self.data.max_sample_size)):
-            raise AudioError(
-                f"{fileid}: has {length} samples at 16 kHz, {expected} were expected. It is cut off, or its "
-                "manifest is out of date."
-            )
+        check_length(fileid, length, min(expected, self.data.max_sample_size), self.min_samples, expected)
 
     def build(
         self, utterances: Sequence[tuple[tuple[int, ...], int, Waveform]], key: BatchKey, skipped: list[Skipped]
@@ -186,14 +190,13 @@ class BatchBuilder:
         """
         usable = [min(len(waveform), expected, self.data.max_sample_size) for _, expected, waveform in utterances]
         lengths = np.array(usable if self.data.enable_padding else [min(usable)] * len(usable))
-        rows = torch.zeros(len(utterances), int(lengths.max()))
-        for place, (length, (name, _, waveform)) in enumerate(zip(lengths, utterances, strict=True)):
+        crops = []
+        for place, (length, (name, _, waveform)) in enumerate(zip(lengths.tolist(), utterances, strict=True)):
             try:
-                rows.numpy()[place, :length] = self.crop(waveform, int(length), key.epoch, name)
+                crops.append(self.crop(waveform, length, key.epoch, name))
             except AudioError as error:
                 raise CropError(place, error) from error
-        valid = torch.from_numpy(lengths)[:, None]
-        attention_mask = torch.arange(rows.shape[1]) < valid if lengths.min() < lengths.max() else None
+        rows, attention_mask = padded(crops)
         frames = frame_lengths(self.model, torch.from_numpy(lengths)).numpy()
         mask = self._mask(frames, key)
         return Batch(rows, mask, attention_mask, key, int(lengths.sum()), skipped)
@@ -426,6 +429,36 @@ def min_samples(model: SpidrConfig) -> int:
     return receptive_field(model) + model.inputs_to_logits_ratio
 
 
+def padded(rows: Sequence[np.ndarray], width: int | None = None, value: float = 0) -> tuple[Tensor, Tensor | None]:
+    """Rows of different lengths as one tensor, B x S, which is `value` behind them; and which places are theirs.
+
+    Args:
+        rows: of one type.
+        width: S; None: the longest row's.
+
+    Returns:
+        The tensor, and B x S (bool), True on a row; None where all of them fill it.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max()) if width is None else width
+    filled = torch.full((len(rows), width), value, dtype=torch.from_numpy(np.empty(0, rows[0].dtype)).dtype)
+    for target, row in zip(filled.numpy(), rows, strict=True):
+        target[: len(row)] = row
+    return filled, torch.arange(width) < lengths[:, None] if lengths.min() < width else None
+
+
+def check_length(fileid: str, samples: int, expected: int, lowest: int, told: int | None = None) -> None:
+    """Raises `AudioError` for an utterance that has much less than was expected, or fewer than `lowest` samples.
+
+    `told`: what the message says was expected.
+    """
+    if samples < max(lowest, _SHORTER * expected):
+        raise AudioError(
+            f"{fileid}: has {samples} samples at 16 kHz, {told or expected} were expected. It is cut off, or its "
+            "manifest is out of date."
+        )
+
+
 def too_short(fileid: str, samples: int, lowest: int) -> Skipped:
     """An utterance of fewer than the `lowest` samples that a run takes."""
     return Skipped(fileid, f"{fileid}: has {samples} samples at 16 kHz, at least {lowest} are needed.")
@@ -477,14 +510,17 @@ __all__ = [
     "BatchBuilder",
     "CropError",
     "LongRecording",
+    "ModelBatch",
     "PretrainingBatches",
     "SkippedFiles",
     "Waveform",
+    "check_length",
     "dropout_seed",
     "empty_batch",
     "make_loader",
     "make_sampler",
     "min_samples",
+    "padded",
     "shared_memory",
     "too_short",
 ]

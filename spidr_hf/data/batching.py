@@ -22,9 +22,11 @@ Every epoch has about that share of all such utterances.
 import heapq
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -33,6 +35,9 @@ from ..configuration_spidr import SAMPLING_RATE
 from ..system.errors import BatchingError
 
 BUCKET_METHODS = ("uniform", "percentile")
+_BATCHES_AHEAD = 3
+
+Read = TypeVar("Read")
 
 
 class Position(NamedTuple):
@@ -275,6 +280,38 @@ def shuffled_batches(
     return order, bounds, rng.permutation(len(bounds) - 1)
 
 
+def batches_by_length(lengths: Sequence[int] | np.ndarray, max_samples: int) -> list[list[int]]:
+    """Indices grouped from the longest to the shortest, so that a batch's padded size fits `max_samples`."""
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches: list[list[int]] = []
+    for i in order.tolist():
+        if batches and (len(batches[-1]) + 1) * int(lengths[batches[-1][0]]) <= max_samples:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def read_ahead(
+    batches: Iterable[Sequence[int] | np.ndarray], read: Callable[[int], Read], threads: int
+) -> Iterator[list[Read]]:
+    """What `read` gives for the items of each batch, in order; threads read the batches after it meanwhile."""
+    waiting: deque[list[Future[Read]]] = deque()
+    upcoming = iter(batches)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            while True:
+                while len(waiting) < _BATCHES_AHEAD and (batch := next(upcoming, None)) is not None:
+                    waiting.append([pool.submit(read, int(index)) for index in batch])
+                if not waiting:
+                    return
+                yield [future.result() for future in waiting.popleft()]
+        finally:
+            for futures in waiting:
+                for future in futures:
+                    future.cancel()
+
+
 def _pack(lengths: np.ndarray, max_batch_length: int, padding: bool) -> np.ndarray:
     """Bounds of the batches when utterances are taken in order: a batch is closed by the first that does not fit."""
     pack = _pack_padded if padding else _pack_cropped
@@ -311,6 +348,8 @@ __all__ = [
     "BucketSampler",
     "EpochBatches",
     "Position",
+    "batches_by_length",
     "length_buckets",
+    "read_ahead",
     "shuffled_batches",
 ]

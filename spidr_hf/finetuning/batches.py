@@ -4,7 +4,6 @@ Batches are of similar length (`batching.BucketSampler`) and padded, and depend 
 their number, so that a run can go on at any of them.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..configuration_spidr import SpidrConfig, frame_lengths, receptive_field
-from ..data.batching import BatchKey, Position
+from ..data.batches import ModelBatch, check_length, padded
+from ..data.batching import BatchKey, Position, batches_by_length
 from ..data.sources import AudioSource, Skipped
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..system.errors import AudioError
@@ -25,7 +25,6 @@ _CROP, _REPLACEMENT = 4, 5
 _MAX_REPLACEMENTS = 100
 # oneDNN compiles for every shape anew, and a GPU's matrix units take multiples of 8.
 _FRAME_MULTIPLE = 16
-_SHORTER = 0.9  # a file shorter than this share of what its manifest says is cut off
 
 # Labels of an utterance, by its index: one number; or one per token or frame.
 LabelFunction = Callable[[int], np.ndarray]
@@ -51,7 +50,7 @@ class Part:
 
 
 @dataclass
-class LabelledBatch:
+class LabelledBatch(ModelBatch):
     """One batch of one process.
 
     Attributes:
@@ -65,6 +64,8 @@ class LabelledBatch:
         skipped: what could not be read, and why.
     """
 
+    TENSORS = ("input_values", "attention_mask", "labels")
+
     input_values: Tensor
     attention_mask: Tensor | None
     labels: Tensor
@@ -73,21 +74,6 @@ class LabelledBatch:
     frames: list[int]
     audio_samples: int
     skipped: list[Skipped] = field(default_factory=list)
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """What the model takes."""
-        names = ("input_values", "attention_mask", "labels")
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
-
-    def to(self, device: torch.device | str) -> "LabelledBatch":
-        """The batch with its tensors on a device."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return dataclasses.replace(self, **moved)
-
-    def pin_memory(self) -> "LabelledBatch":
-        """The batch with its tensors in page-locked memory (called by the data loader)."""
-        return dataclasses.replace(self, **{name: tensor.pin_memory() for name, tensor in self.inputs.items()})
 
 
 class LabelledBatches(Dataset[LabelledBatch]):
@@ -141,17 +127,12 @@ class LabelledBatches(Dataset[LabelledBatch]):
         if not rows:
             raise AudioError(f"None of the {len(skipped)} utterances of a batch can be used: {skipped[-1].reason}")
         lengths = np.array([len(row) for row in rows])
-        input_values = torch.zeros(len(rows), self._width(int(lengths.max())))
-        for target, row in zip(input_values.numpy(), rows, strict=True):
-            target[: len(row)] = row
-        valid = torch.from_numpy(lengths)[:, None]
-        padded = lengths.min() < input_values.shape[1]
+        input_values, attention_mask = padded(rows, self._width(int(lengths.max())))
         frames = frame_lengths(self.config, torch.from_numpy(lengths)).tolist()
-        most = frame_lengths(self.config, input_values.shape[1]) if self.frames else max(label.size for label in labels)
         return LabelledBatch(
             input_values,
-            torch.arange(input_values.shape[1]) < valid if padded else None,
-            _stack(labels, most),
+            attention_mask,
+            self._stack(labels, input_values.shape[1]),
             key,
             utterances,
             frames,
@@ -174,11 +155,7 @@ class LabelledBatches(Dataset[LabelledBatch]):
     def _read(self, index: int) -> np.ndarray:
         source = self.part.source
         waveform, expected = source.read(index), int(source.num_samples[index])
-        if len(waveform) < max(receptive_field(self.config), _SHORTER * expected):
-            raise AudioError(
-                f"{source.fileid(index)}: has {len(waveform)} samples at 16 kHz, {expected} were expected. It is cut "
-                "off, or its manifest is out of date."
-            )
+        check_length(source.fileid(index), len(waveform), expected, receptive_field(self.config))
         return self.feature_extractor.standardize(waveform) if self.feature_extractor.do_normalize else waveform
 
     def _crop(self, waveform: np.ndarray, label: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -193,30 +170,18 @@ class LabelledBatches(Dataset[LabelledBatch]):
             label = label[first : first + int(frame_lengths(self.config, length))]
         return waveform[start : start + length], label
 
+    def _stack(self, labels: Sequence[np.ndarray], samples: int) -> Tensor:
+        """Labels of a batch whose rows have this many samples."""
+        if labels[0].ndim == 0:
+            return torch.from_numpy(np.array(labels, dtype=np.int64))
+        return padded(labels, frame_lengths(self.config, samples) if self.frames else None, NO_LABEL)[0]
+
 
 def evaluation_keys(part: Part, max_samples: int, rank: int = 0, world_size: int = 1) -> Iterator[BatchKey]:
     """This process's share of a part, in batches of similar length, each utterance once in all processes."""
-    lengths = part.source.num_samples[part.indices]
-    batch: list[int] = []
-    number = 0
-    for place in np.argsort(-lengths, kind="stable"):
-        # The first of a batch is its longest.
-        if batch and (len(batch) + 1) * int(part.source.num_samples[batch[0]]) > max_samples:
-            if number % world_size == rank:
-                yield BatchKey(0, number, np.array(batch), Position())
-            batch, number = [], number + 1
-        batch.append(int(part.indices[place]))
-    if batch and number % world_size == rank:
-        yield BatchKey(0, number, np.array(batch), Position())
-
-
-def _stack(labels: Sequence[np.ndarray], width: int) -> Tensor:
-    if labels[0].ndim == 0:
-        return torch.tensor([int(label) for label in labels])
-    stacked = torch.full((len(labels), width), NO_LABEL)
-    for row, label in zip(stacked, labels, strict=True):
-        row[: len(label)] = torch.from_numpy(label)
-    return stacked
+    batches = batches_by_length(part.source.num_samples[part.indices], max_samples)
+    for number in range(rank, len(batches), world_size):
+        yield BatchKey(0, number, part.indices[batches[number]], Position())
 
 
 __all__ = ["NO_LABEL", "LabelFunction", "LabelledBatch", "LabelledBatches", "Part", "evaluation_keys"]

@@ -12,9 +12,7 @@ them: purity and PNMI (arXiv 2106.07447).
 import hashlib
 import json
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +26,8 @@ from tqdm import tqdm
 
 from ..configuration_spidr import SAMPLING_RATE, frame_lengths
 from ..data.alignments import read_alignments
-from ..data.batches import min_samples
+from ..data.batches import min_samples, padded
+from ..data.batching import batches_by_length, read_ahead
 from ..data.masking import masked_frames
 from ..data.open import open_data
 from ..data.sections import DataSection
@@ -42,14 +41,13 @@ from ..system.names import find_names
 from ..system.processes import gather_all
 from ..training.planning import NOTE, PROBLEM, Line
 from ..training.sharding import is_sharded
-from ..units.extractor import Extractor, Outputs, batches_by_length
+from ..units.extractor import Extractor, Outputs
 from .config import PretrainingConfig
 from .loaders import decoding_plan
 
 # What a random number is drawn for; part of its seed.
 _CROP, _MASK = range(2)
 _MAX_THREADS = 8
-_BATCHES_AHEAD = 3
 
 
 class Utterance(NamedTuple):
@@ -212,8 +210,8 @@ class ValidationSet:
             disable=not self.progress or rank > 0,
         )
         try:
-            with torch.no_grad(), _eager(model), bar, ThreadPoolExecutor(self._threads) as pool:
-                loaded = self._load(batches, pool)
+            with torch.no_grad(), _eager(model), bar:
+                loaded = read_ahead(batches, self._read, self._threads)
                 for _ in range(rounds):
                     if (batch := next(loaded, None)) is not None:
                         with precision or nullcontext():
@@ -272,15 +270,10 @@ class ValidationSet:
         return {name: [scores[name] for scores in layers] for name in layers[0]}
 
     def _inputs(self, utterances: Sequence[Utterance], device: torch.device) -> dict[str, Tensor]:
-        lengths = torch.tensor([len(utterance.crop) for utterance in utterances])
-        rows = torch.zeros(len(utterances), int(lengths.max()))
-        for row, utterance in zip(rows.numpy(), utterances, strict=True):
-            row[: len(utterance.crop)] = utterance.crop
-        inputs = {"input_values": rows}
-        if lengths.min() < lengths.max():
-            inputs["attention_mask"] = torch.arange(rows.shape[1]) < lengths[:, None]
+        rows, valid = padded([utterance.crop for utterance in utterances])
+        inputs = {"input_values": rows} | ({} if valid is None else {"attention_mask": valid})
         if self.spans is not None:
-            frames = frame_lengths(self.model_config, lengths)
+            frames = frame_lengths(self.model_config, torch.tensor([len(utterance.crop) for utterance in utterances]))
             mask = torch.zeros(len(utterances), int(frames.max()), dtype=torch.bool)
             for row, utterance, count in zip(mask.numpy(), utterances, frames.tolist(), strict=True):
                 row[self.masked_frames(self.source.fileid(utterance.index), count)] = True
@@ -315,22 +308,6 @@ class ValidationSet:
                 totals.aligned += 1
                 for layer, sequence in units.items():
                     totals.units.setdefault(layer, {})[fileid] = sequence.numpy().astype(np.int32)
-
-    def _load(self, batches: Sequence[np.ndarray], pool: ThreadPoolExecutor) -> Iterator[list[Utterance | Skipped]]:
-        """Batches in order; files are decoded in threads while the model computes."""
-        waiting: deque[list[Future]] = deque()
-        upcoming = iter(batches)
-        try:
-            while True:
-                while len(waiting) < _BATCHES_AHEAD and (batch := next(upcoming, None)) is not None:
-                    waiting.append([pool.submit(self._read, int(index)) for index in batch])
-                if not waiting:
-                    return
-                yield [future.result() for future in waiting.popleft()]
-        finally:
-            for futures in waiting:
-                for future in futures:
-                    future.cancel()
 
     def _read(self, index: int) -> Utterance | Skipped:
         fileid = self.source.fileid(index)

@@ -12,9 +12,7 @@ it is. A group-norm extractor takes its statistics per window.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
 from ..configuration_spidr import SpidrConfig, frame_lengths, receptive_field
+from ..data.batches import padded
+from ..data.batching import batches_by_length, read_ahead
 from ..data.sources import AudioSource, Skipped
 from ..objectives_spidr import get_objective
 from ..system.errors import AudioError, NonFiniteError
@@ -321,12 +321,8 @@ class Extractor:
     @torch.inference_mode()
     def _run(self, rows: Sequence[np.ndarray]) -> list[dict[int, Tensor]]:
         lengths = [len(row) for row in rows]
-        inputs = torch.zeros(len(rows), max(lengths))
-        for target, row in zip(inputs, rows, strict=True):
-            target[: len(row)] = torch.from_numpy(row)
-        mask = None
-        if min(lengths) < max(lengths):
-            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(self.model.device)
+        inputs, valid = padded(rows)
+        mask = None if valid is None else valid.long().to(self.model.device)
         was_training = self.model.training
         self.model.eval()
         try:
@@ -337,18 +333,6 @@ class Extractor:
         return [
             {layer: x[row, : self.frames(length)] for layer, x in on_cpu.items()} for row, length in enumerate(lengths)
         ]
-
-
-def batches_by_length(lengths: Sequence[int] | np.ndarray, max_samples: int) -> list[list[int]]:
-    """Indices grouped from the longest to the shortest, so that a batch's padded size fits `max_samples`."""
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    batches: list[list[int]] = []
-    for i in order.tolist():
-        if batches and (len(batches[-1]) + 1) * int(lengths[batches[-1][0]]) <= max_samples:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
 
 
 @dataclass
@@ -405,36 +389,21 @@ def extract(
         except ValueError as error:  # AudioError, and what the feature extractor refuses
             return Skipped(source.fileid(index), str(error))
 
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[tuple[Sequence[int], list[Future]]] = deque()
-        upcoming = iter(batches)
-        try:
-            while True:
-                while len(waiting) < 3 and (batch := next(upcoming, None)) is not None:
-                    waiting.append((batch, [pool.submit(load, index) for index in batch]))
-                if not waiting:
-                    return
-                batch, futures = waiting.popleft()
-                loaded = [(index, future.result()) for index, future in zip(batch, futures, strict=True)]
-                del futures
-                skipped = [entry for _, entry in loaded if isinstance(entry, Skipped)]
-                good = [(index, entry) for index, entry in loaded if not isinstance(entry, Skipped)]
-                results = extractor.results([waveform for _, waveform in good]) if good else []
-                found = [(index, result) for (index, _), result in zip(good, results, strict=True)]
-                reasons = {index: reason for index, result in found if (reason := extractor.not_finite(result))}
-                there = [(source.fileid(i), int(source.num_samples[i]), len(waveform)) for i, waveform in good]
-                yield Extracted(
-                    [(index, result) for index, result in found if index not in reasons],
-                    skipped,
-                    [Skipped(source.fileid(index), reason) for index, reason in reasons.items()],
-                    [entry for entry in there if entry[1] != entry[2]],
-                    sum(len(waveform) for _, waveform in good) / _SAMPLING_RATE,
-                    float(np.asarray(source.num_samples)[batch].sum()) / _SAMPLING_RATE,
-                )
-        finally:
-            for _, futures in waiting:
-                for future in futures:
-                    future.cancel()
+    for batch, loaded in zip(batches, read_ahead(batches, load, threads), strict=True):
+        skipped = [entry for entry in loaded if isinstance(entry, Skipped)]
+        good = [(i, entry) for i, entry in zip(batch, loaded, strict=True) if not isinstance(entry, Skipped)]
+        results = extractor.results([waveform for _, waveform in good]) if good else []
+        found = [(index, result) for (index, _), result in zip(good, results, strict=True)]
+        reasons = {index: reason for index, result in found if (reason := extractor.not_finite(result))}
+        there = [(source.fileid(i), int(source.num_samples[i]), len(waveform)) for i, waveform in good]
+        yield Extracted(
+            [(index, result) for index, result in found if index not in reasons],
+            skipped,
+            [Skipped(source.fileid(index), reason) for index, reason in reasons.items()],
+            [entry for entry in there if entry[1] != entry[2]],
+            sum(len(waveform) for _, waveform in good) / _SAMPLING_RATE,
+            float(np.asarray(source.num_samples)[batch].sum()) / _SAMPLING_RATE,
+        )
 
 
 class Throughput:
@@ -458,7 +427,6 @@ __all__ = [
     "Outputs",
     "Throughput",
     "Window",
-    "batches_by_length",
     "check_layers",
     "cluster_outputs",
     "extract",

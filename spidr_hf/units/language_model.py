@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..data.batches import padded
 from .unit_files import deduplicate
 
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
@@ -170,9 +171,7 @@ def log_probabilities(
         while order:
             longest = len(pieces[order[0]][1])
             batch, order = order[: max(1, _BATCH_TOKENS // longest)], order[max(1, _BATCH_TOKENS // longest) :]
-            ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
-            for row, p in zip(ids, batch, strict=True):
-                row[: len(pieces[p][1])] = torch.tensor(pieces[p][1])
+            ids, _ = padded([np.array(pieces[p][1]) for p in batch], value=tokenizer.pad_token_id)
             ids = ids.to(model.device)
             # Padding lies to the right, where causal attention never looks; OPT counts positions by the mask.
             mask = (ids != tokenizer.pad_token_id).long()

@@ -19,7 +19,15 @@ import torch
 from tiny import tiny_config
 
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
-from spidr_hf.data.batches import PretrainingBatches, SkippedFiles, dropout_seed, make_loader, make_sampler, min_samples
+from spidr_hf.data.batches import (
+    PretrainingBatches,
+    SkippedFiles,
+    dropout_seed,
+    make_loader,
+    make_sampler,
+    min_samples,
+    padded,
+)
 from spidr_hf.data.batching import BatchKey, Position
 from spidr_hf.data.manifests import Manifest, scan_folder, scan_tar
 from spidr_hf.data.masking import frame_mask
@@ -359,3 +367,13 @@ def test_too_many_skipped_files_name_the_commonest_reason():
     short = [Skipped(f"a/{i}", f"a/{i}: has {i} samples at 16 kHz, at least 400 are needed.") for i in range(9)]
     with pytest.raises(AudioError, match=r"The commonest of the reasons \(9 times\), for one: a/0: has 0 samples"):
         skipped.add([Skipped("x", "x: no such file."), *short, Skipped("y", "y: is cut off.")], 40)
+
+
+def test_rows_are_padded_into_one_tensor():
+    rows = [np.array([1, 2], dtype=np.float32), np.array([3], dtype=np.float32)]
+    tensor, valid = padded(rows)
+    assert torch.equal(tensor, torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    assert torch.equal(valid, torch.tensor([[True, True], [True, False]]))
+    assert padded(rows[:1])[1] is None and padded(rows[:1], 3)[1].tolist() == [[True, True, False]]
+    labels, _ = padded([np.array([7]), np.array([], dtype=np.int64)], 2, -100)
+    assert labels.dtype == torch.int64 and labels.tolist() == [[7, -100], [-100, -100]]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spidr_hf.data.batching import BucketSampler, Position
+from spidr_hf.data.batching import BucketSampler, Position, batches_by_length, read_ahead
 from spidr_hf.system.errors import BatchingError
 
 LENGTHS = np.random.default_rng(0).integers(1_000, 60_000, 400)
@@ -199,3 +199,26 @@ def test_the_share_of_the_audio_that_an_epoch_hears():
     # A source that comes in every other epoch is whole when that is all of it.
     shares = np.full(len(LENGTHS), 0.5)
     assert sampler(shares=shares, padding=True).heard_share == pytest.approx(sampler(padding=True).heard_share, abs=0.1)
+
+
+def test_batches_fit_and_are_sorted():
+    lengths = np.random.default_rng(0).integers(1, 100, 50)
+    batches = batches_by_length(lengths, 300)
+    assert sorted(i for batch in batches for i in batch) == list(range(50))
+    for batch in batches:
+        assert len(batch) * max(lengths[batch]) <= 300
+    assert batches_by_length([500, 10], 300) == [[0], [1]]
+
+
+def test_what_is_read_ahead_comes_in_order_and_no_further_than_is_asked():
+    begun = []
+
+    def read(item):
+        begun.append(item)
+        return -item
+
+    batches = read_ahead(([2 * i, 2 * i + 1] for i in range(100)), read, threads=2)
+    assert [next(batches), next(batches)] == [[0, -1], [-2, -3]]
+    batches.close()
+    assert set(begun) <= set(range(10))
+    assert list(read_ahead([[1], [], [2, 3]], read, threads=2)) == [[-1], [], [-2, -3]]

@@ -17,7 +17,6 @@ from spidr_hf import SpidrFeatureExtractor, SpidrForAudioTokenization, SpidrMode
 from spidr_hf.data.manifests import scan_folder
 from spidr_hf.units.extractor import (
     Extractor,
-    batches_by_length,
     check_layers,
     cluster_outputs,
     extract,
@@ -172,15 +171,6 @@ def test_unknown_layers_are_refused(layer):
     with pytest.raises(ValueError, match=f"Layer {layer} has no representation.*layers 1 to 4"):
         feature_outputs(SpidrModel(tiny_model().config), [1, layer])
     assert check_layers([3, 1, 3], 1, 4, "x") == [1, 3]
-
-
-def test_batches_fit_and_are_sorted():
-    lengths = np.random.default_rng(0).integers(1, 100, 50)
-    batches = batches_by_length(lengths, 300)
-    assert sorted(i for batch in batches for i in batch) == list(range(50))
-    for batch in batches:
-        assert len(batch) * max(lengths[batch]) <= 300
-    assert batches_by_length([500, 10], 300) == [[0], [1]]
 
 
 def test_a_folder_with_a_bad_file_among_good_ones(tmp_path):
