@@ -100,6 +100,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
     device, loss_scale = run.accelerator.device, learner.loss_scale
     loader = make_data_loader(run.source, config, model.config, state, pin_memory=device.type == "cuda", **run.layout)
     processes = f"{world_size} process{'es' * (world_size > 1)} on {device.type}"
+    run.settle()
     notes = [*run.notes, *learner.notes, *loader.notes, f"{loader}; {processes}"]
     reporter = Reporter(output_dir, config, run.accelerator, state, notes)
     reporter.skipped.add(*loader.scanned)

@@ -17,7 +17,6 @@ with accelerate launch.
 import argparse
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +42,7 @@ from spidr_hf import __version__
 from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.system.files import file_hash, replaced_folder, write_text
 from spidr_hf.system.processes import RunLock
+from spidr_hf.training.checkpoints import begins_anew, set_aside
 from spidr_hf.training.folder_settings import keep_settings
 from spidr_hf.units.language_model import (
     ARCHITECTURES,
@@ -77,7 +77,9 @@ def main() -> None:
     group.add_argument("--warmup-steps", type=int, default=100, help="default: %(default)s")
     group.add_argument("--save-steps", type=int, default=500, help="default: %(default)s")
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever is in OUT_DIR")
+    parser.add_argument(
+        "--fresh", action="store_true", help="begin anew; what OUT_DIR has of an earlier run goes to OUT_DIR/earlier-1"
+    )
     args = parser.parse_args()
     with clear_errors(), one_at_a_time(args.out_dir):
         for path in (args.units, args.valid):
@@ -163,9 +165,8 @@ def settle(args: argparse.Namespace, num_units: int) -> bool:
     """
     final, checkpoints = args.out_dir / "final", args.out_dir / "checkpoints"
     if is_first():
-        if args.fresh:
-            for path in (final, checkpoints):
-                shutil.rmtree(path, ignore_errors=True)
+        if begins_anew(args.out_dir, args.fresh):
+            set_aside(args.out_dir, [final.name, checkpoints.name])
         options = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
         data = {f"{name}_sha256": file_hash(getattr(args, name)) for name in ("units", "valid")}
         processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -27,7 +27,7 @@ from ..hub.card import finetuned_card
 from ..modeling_spidr_heads import SpidrHeadModel
 from ..system.files import replaced_file, replaced_folder, write_text
 from ..system.processes import RunLock
-from ..training.checkpoints import Checkpoints, TrainerState, agree, set_aside
+from ..training.checkpoints import Checkpoints, TrainerState, agree, begins_anew, set_aside
 from ..training.optimizing import UpdateGuard, scale_and_clip
 from ..training.schedules import learning_rate
 from ..training.sharding import distribute, gradient_sync
@@ -50,7 +50,7 @@ def finetune(
     Args:
         train, valid, tests: to train on, to choose the best step by, and to score once at the end.
         folder: the run's folder: metrics.jsonl, checkpoints/, settings.json, results.json, final/.
-        fresh: begin anew, whatever is there (`checkpoints.set_aside`).
+        fresh: begin anew, whatever is there, but once in a job (`checkpoints.begins_anew`).
 
     Returns:
         The results: `best_step`, and the scores of each part by its name. Empty where a signal stopped the run.
@@ -68,7 +68,7 @@ def finetune(
     with state_of_processes.main_process_first():
         if is_main:
             lock = RunLock(folder)
-            if fresh and (earlier := set_aside(folder)):
+            if begins_anew(folder, fresh) and (earlier := set_aside(folder)):
                 say(f"Beginning anew. What was there is in {earlier}.")
             checkpoints.remove_partial()
         checkpoint = checkpoints.newest()

@@ -23,7 +23,8 @@ from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import AudioError, ConfigError
 from ..system.processes import gather_all
 from ..training import trackers
-from ..training.checkpoints import Checkpoint, Checkpoints
+from ..training.checkpoints import Checkpoint, Checkpoints, begins_anew
+from ..training.folder_settings import CHANGED
 from ..training.planning import Line, Plan, duration, size
 from . import curves_picture, hub_push, loaders, memory, start, validation
 from .config import PretrainingConfig
@@ -53,9 +54,9 @@ def dry_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) ->
     plan.notes += choose_kernels(config, accelerator)
     model = source = batches = checkpoint = None
     with plan.trying():
+        fresh = begins_anew(output_dir, fresh)
         checkpoint = None if fresh else Checkpoints(output_dir / "checkpoints").newest()
-        changes = start.config_changes(output_dir, config, checkpoint)
-        plan.notes += [f"Changed since this run began: {change}" for change in changes]
+        plan.notes += [CHANGED + change for change in start.config_changes(output_dir, config, checkpoint)]
         model, origin = start.make_model(config, checkpoint)
         plan.add(memory.model_plan(config.model, origin))
     with plan.trying():

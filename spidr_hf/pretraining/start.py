@@ -29,10 +29,10 @@ from ..hub.loading import run_hint
 from ..hub.spidr_names import architecture_differences, to_model_section
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError
-from ..system.fields import differences
 from ..system.files import write_text
 from ..system.processes import RunLock, lock
-from ..training.checkpoints import MODEL_FILE, Checkpoint, Checkpoints, TrainerState, agree, set_aside
+from ..training.checkpoints import MODEL_FILE, Checkpoint, Checkpoints, TrainerState, agree, begins_anew, set_aside
+from ..training.folder_settings import CHANGED, setting_changes
 from ..training.metrics import read_rows
 from ..training.planning import PROBLEM, Line, size
 from ..training.stopping import StopSignal
@@ -54,6 +54,7 @@ class Run:
         model: on the CPU, the same on every process.
         state: what the next checkpoint begins with.
         notes: what the user should know first, one line each; None is passed over.
+        fresh: it begins anew, whatever lies there.
     """
 
     config: PretrainingConfig
@@ -65,6 +66,7 @@ class Run:
     model: SpidrForPretraining
     state: TrainerState
     notes: list[str | None] = field(default_factory=list)
+    fresh: bool = False
     _lock: RunLock | None = None
 
     @property
@@ -76,6 +78,19 @@ class Run:
             "world_size": accelerator.num_processes,
             "accumulation": accumulation,
         }
+
+    def settle(self) -> None:
+        """From now on the folder is this run's: config.toml is written; before, nothing of it was touched.
+
+        Of a run that begins anew what was there is set aside (`checkpoints.set_aside`).
+        """
+        if self._lock is None:
+            return
+        if self.fresh and (earlier := set_aside(self.output_dir)):
+            self.notes.append(f"Beginning anew. What was there is in {earlier}.")
+        self.checkpoints.remove_partial()
+        first = "# The whole configuration of this run. The command that began it continues it."
+        write_text(self.output_dir / "config.toml", f"{first}\n\n{self.config.to_toml()}")
 
     def stop_signal(self) -> StopSignal:
         """From now on, signals and Ctrl-C ask the run to save and stop."""
@@ -100,11 +115,13 @@ class Run:
 
 
 def open_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -> Run | None:
-    """Processes, folder, audio and weights of a run that begins, or resumes from its newest checkpoint.
+    """Processes, audio and weights of a run that begins, or resumes from its newest checkpoint.
+
+    Its folder is locked, and nothing is written there but data.arrow until the run is settled.
 
     Args:
         config, output_dir: what is asked for.
-        fresh: begin anew, whatever is there (`checkpoints.set_aside`).
+        fresh: begin anew, whatever is there, but once in a job (`checkpoints.begins_anew`).
 
     Returns None, and leaves the folder as it is, where the run is complete; a line says so. Raises an error of
     `system.errors` for what cannot be run.
@@ -118,21 +135,17 @@ def open_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
         torch.use_deterministic_algorithms(True)
     beside = {"preprocessor_config.json": SpidrFeatureExtractor(do_normalize=config.data.normalize).to_json_string()}
     checkpoints = Checkpoints(output_dir / "checkpoints", config.run.keep_latest, writes=is_main, beside=beside)
-    held = None
+    held, fresh = None, begins_anew(output_dir, fresh)
     # The first process takes the folder, the others then find everything there.
     with accelerator.main_process_first():
         if is_main:
             held = RunLock(output_dir)
-            if fresh and (earlier := set_aside(output_dir)):
-                notes.append(f"Beginning anew. What was there is in {earlier}.")
-            checkpoints.remove_partial()
-        checkpoint = checkpoints.newest()
+        checkpoint = None if fresh else checkpoints.newest()
         complete = complete_note(output_dir, config, checkpoint)
         if complete is None:
-            if is_main:
-                if config.run.push_to_hub and checkpoint is None:
-                    check_push(config.run.push_to_hub, make=True)
-                notes += settle_config(output_dir, config, checkpoint)
+            notes += [CHANGED + change for change in config_changes(output_dir, config, checkpoint)]
+            if is_main and config.run.push_to_hub and checkpoint is None:
+                check_push(config.run.push_to_hub, make=True)
             source = open_source(config.data, cache=output_dir / "data.arrow", progress=is_main)
             model, origin = make_model(config, checkpoint)
     if complete is not None:
@@ -147,7 +160,7 @@ def open_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
         notes += resume_notes(state, source.fingerprint, world_size, config.optimizer.gradient_accumulation_steps)
         state.data = source.fingerprint
     notes.append(origin)
-    return Run(config, output_dir, accelerator, checkpoints, checkpoint, source, model, state, notes, held)
+    return Run(config, output_dir, accelerator, checkpoints, checkpoint, source, model, state, notes, fresh, held)
 
 
 def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tuple[SpidrForPretraining, str]:
@@ -190,29 +203,14 @@ def read_original(start: str, config: PretrainingConfig) -> tuple[SpidrConfig, d
     return converted.config, converted.tensors
 
 
-def settle_config(output_dir: Path, config: PretrainingConfig, checkpoint: Checkpoint | None) -> list[str]:
-    """Write config.toml; when resuming, say what is not as it was, and refuse another model."""
-    changes = config_changes(output_dir, config, checkpoint)
-    write_text(
-        output_dir / "config.toml",
-        f"# The whole configuration of this run. The command that began it continues it.\n\n{config.to_toml()}",
-    )
-    return [f"Changed since this run began: {change}" for change in changes]
-
-
 def config_changes(output_dir: Path, config: PretrainingConfig, checkpoint: Checkpoint | None) -> list[str]:
-    """What is not as it was when the run in this folder began, one `name old -> new` each. Another model is refused."""
+    """What is not as it was when the run in this folder began, `name old -> new` each. Another model is refused."""
     path = output_dir / "config.toml"
     if checkpoint is None or not path.exists():
         return []
     before = make_config(tomllib.loads(path.read_text(encoding="utf-8"))).to_dict()
-    changed = differences(before, config.to_dict())
-    if model := [name for name in changed if name.startswith("model.") or name == "run.model_type"]:
-        raise ConfigError(
-            f"{output_dir} holds a run of another model ({', '.join(model)} differ). Choose another --output-dir; "
-            "its checkpoint can be that run's `run.init_ckpt`."
-        )
-    return [f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items()]
+    advice = "Choose another --output-dir; its checkpoint can be that run's `run.init_ckpt`."
+    return setting_changes(output_dir, before, config.to_dict(), fixed=("model", "run.model_type"), advice=advice)
 
 
 def final_step(output_dir: Path) -> int | None:
@@ -311,5 +309,4 @@ __all__ = [
     "plan",
     "read_original",
     "resume_notes",
-    "settle_config",
 ]

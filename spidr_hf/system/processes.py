@@ -30,16 +30,17 @@ _PR_SET_PDEATHSIG = 1
 class RunLock:
     """Keeps a second run out of a folder. Held until `release`, or until the process ends, however it ends.
 
+    Of a folder in which nothing was done, what was made for the lock goes again, the folder included.
+
     Raises `RunFolderError` when another run holds it for longer than `patience` seconds (one that was just told to stop
     may still be saving).
     """
 
     def __init__(self, folder: str | Path, patience: float = 10.0):
         self.path = Path(folder) / ".lock"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+")  # noqa: SIM115 (open as long as the lock is held)
+        self._file = self._opened()
         deadline = time.monotonic() + patience
-        while not lock(self._file):
+        while not (lock(self._file) and self._is_there()):
             if time.monotonic() > deadline:
                 self._file.seek(0)
                 holder = self._file.read().strip() or "another process"
@@ -48,6 +49,9 @@ class RunLock:
                     f"{folder} is in use by another run ({holder}). Stop it first, or choose another --output-dir."
                 )
             time.sleep(0.1)
+            self._file.close()
+            self._file = self._opened()
+        atexit.register(self.release)
         with suppress(OSError):  # who holds it is a courtesy; a full disk is for those to tell who need it
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -55,8 +59,25 @@ class RunLock:
 
     def release(self) -> None:
         """Let the next run in."""
+        atexit.unregister(self.release)
+        if self._file.closed:
+            return
+        with suppress(OSError):
+            if self._made and list(self.path.parent.iterdir()) == [self.path]:
+                self.path.unlink()
+                for folder in self._made[1:]:
+                    folder.rmdir()
         with suppress(OSError):  # of a disk that was full, again
             self._file.close()
+
+    def _opened(self) -> IO[str]:
+        self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return open(self.path, "a+")
+
+    def _is_there(self) -> bool:
+        """Whether the file is the one that others find: who let go last may have removed it."""
+        return self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
 
 
 def lock(file: IO[Any], *, wait: bool = False) -> bool:

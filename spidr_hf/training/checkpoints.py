@@ -10,10 +10,11 @@ import dataclasses
 import errno
 import json
 import logging
+import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..system.errors import RunFolderError
-from ..system.files import replaced_folder
+from ..system.files import replaced_folder, write_text
 from ..system.messages import one_line, shown
 from ..system.processes import gather_all
 from .sharding import is_sharded, shard_like, whole_tensor
@@ -40,8 +41,9 @@ _VERSION = 1
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _READS, _PAUSE_SECONDS = 3, 2.0
 _BEGIN_ANEW = "begin anew with --fresh, which moves what is there into a folder of its own"
-# What a run leaves in its folder that a new one can use.
-_REUSABLE = {".lock", "data.arrow", "compiled"}
+# Which job began anew in a folder; and what a run leaves there that a new one can use.
+_FRESH_FILE = ".fresh"
+_REUSABLE = {".lock", _FRESH_FILE, "data.arrow", "compiled"}
 
 
 @dataclass
@@ -214,22 +216,41 @@ def agree(checkpoint: Checkpoint | None, folder: str | Path) -> None:
         raise RunFolderError(f"The processes find different checkpoints in {folder}: {found}. Do they share it?")
 
 
-def set_aside(folder: str | Path) -> Path | None:
+def begins_anew(folder: str | Path, fresh: bool) -> bool:
+    """Whether a run that is asked to begin anew does: not where its job, which was started again, has done so.
+
+    SLURM (after a preemption, or when a job requeues itself) and torchrun (after an error) start the same command once
+    more, `--fresh` included.
+    """
+    restarted = any(
+        int(os.environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    )
+    mark = Path(folder) / _FRESH_FILE
+    return fresh and not (restarted and mark.is_file() and mark.read_text(encoding="utf-8") == _job())
+
+
+def set_aside(folder: str | Path, names: Collection[str] | None = None) -> Path | None:
     """Move what earlier starts left in a run's folder into `folder/earlier-N`; returns that, or None: there is nothing.
 
-    A run in that folder then begins anew. One process calls it, which holds the folder's lock.
+    A run in that folder then begins anew, once in a job (`begins_anew`). One process calls it, which holds the folder's
+    lock. `names`: of what; None: of all but what a new run can use.
     """
     folder = Path(folder)
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     left = [path for path in found if path.name not in _REUSABLE and not path.name.startswith("earlier-")]
-    if not left:
-        return None
+    left = [path for path in left if names is None or path.name in names]
     numbers = [path.name.removeprefix("earlier-") for path in found if path.name.startswith("earlier-")]
     target = folder / f"earlier-{1 + max([int(number) for number in numbers if number.isdecimal()], default=0)}"
-    target.mkdir()
     for path in left:
+        target.mkdir(exist_ok=True)
         path.rename(target / path.name)
-    return target
+    write_text(folder / _FRESH_FILE, _job())
+    return target if left else None
+
+
+def _job() -> str:
+    """What tells the job that this process belongs to from others."""
+    return " ".join(os.environ.get(name, "-") for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"))
 
 
 def optimizer_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -324,6 +345,7 @@ __all__ = [
     "Checkpoints",
     "TrainerState",
     "agree",
+    "begins_anew",
     "load_optimizer_tensors",
     "optimizer_tensors",
     "set_aside",

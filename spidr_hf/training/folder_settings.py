@@ -10,6 +10,8 @@ from ..system.fields import differences
 from ..system.files import write_text
 from ..system.messages import one_line, shown
 
+CHANGED = "Changed since this run began: "
+
 
 def keep_settings(
     path: Path, settings: Mapping[str, Any], *, resuming: bool, fixed: Collection[str] | None = None
@@ -29,22 +31,34 @@ def keep_settings(
     now, notes = json.loads(json.dumps(dict(settings))), []
     if resuming and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        names = now if fixed is None else fixed
-        there, here = ({name: values.get(name) for name in names} for values in (before, now))
-        if changed := differences(there, here):
-            what = ", ".join(
-                f"{name} is {shown(old)} there and {shown(new)} here" for name, (old, new) in changed.items()
-            )
-            raise RunFolderError(
-                f"{path.parent} holds another run: {one_line(what)}. Choose another folder, or --fresh to begin anew."
-            )
-        notes = [
-            f"Changed since this run began: {name} {before.get(name)!r} -> {now[name]!r}"
-            for name in now
-            if before.get(name) != now[name]
-        ]
+        before = {name: before.get(name) for name in now}
+        notes = [CHANGED + change for change in setting_changes(path.parent, before, now, fixed=fixed)]
     write_text(path, json.dumps(now, indent=2) + "\n")
     return notes
 
 
-__all__ = ["keep_settings"]
+def setting_changes(
+    folder: Path,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    fixed: Collection[str] | None = None,
+    advice: str = "Choose another folder, or --fresh to begin anew.",
+) -> list[str]:
+    """What changed in the settings of a run since it began in this folder: `section.name old -> new` each.
+
+    Raises `RunFolderError`, naming it and with the advice, for what may not change: the settings and whole sections
+    that are `fixed`; None: all.
+    """
+    changed = differences(before, now)
+    what = ", ".join(
+        f"{name} is {shown(old)} there and {shown(new)} here"
+        for name, (old, new) in changed.items()
+        if fixed is None or any(f"{name}.".startswith(f"{one}.") for one in fixed)
+    )
+    if what:
+        raise RunFolderError(f"{folder} holds another run: {one_line(what)}. {advice}")
+    return [f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items()]
+
+
+__all__ = ["CHANGED", "keep_settings", "setting_changes"]

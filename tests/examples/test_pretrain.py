@@ -19,7 +19,7 @@ from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining, SpidrModel
 from spidr_hf.data.batches import PretrainingBatches
 from spidr_hf.hub.spidr_names import to_model_section
 from spidr_hf.pretraining.config import load_config
-from spidr_hf.system.errors import ConfigError, RunFolderError
+from spidr_hf.system.errors import BatchingError, ConfigError, ManifestError, RunFolderError
 from spidr_hf.system.processes import RunLock
 from spidr_hf.training.checkpoints import Checkpoints
 from spidr_hf.training.metrics import MetricsFile
@@ -253,7 +253,7 @@ def test_a_complete_run_is_left_as_it_is(pretrain, capsys):
         assert "is complete: 4 updates are made" in said and said.endswith(effect + ("." if effect else "run."))
     pretrain("run", "--optimizer.max_steps", "3")  # fewer than there are
     assert snapshot(folder) == before and "is complete: 4 updates" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="holds a run of another model"):
+    with pytest.raises(RunFolderError, match=r"holds another run: model\.codebook_size"):
         pretrain("run", "--optimizer.max_steps", "4", "--model.codebook_size", "13")
     assert snapshot(folder) == before
     pretrain("run", "--optimizer.max_steps", "5")
@@ -445,7 +445,7 @@ def test_bad_input(pretrain, overrides, error, message):
 
 def test_another_model_in_the_same_folder_is_refused(pretrain, capsys):
     pretrain("run", "--optimizer.max_steps", "3")
-    with pytest.raises(ConfigError, match=r"holds a run of another model \(model\.codebook_size differ\)"):
+    with pytest.raises(RunFolderError, match=r"holds another run: model\.codebook_size is 12 there and 13 here"):
         pretrain("run", "--model.codebook_size", "13")
     pretrain("run", "--optimizer.max_steps", "4", "--optimizer.lr", "1e-3")
     printed = capsys.readouterr().err
@@ -468,6 +468,38 @@ def test_beginning_anew(pretrain, tmp_path, capsys):
     SpidrFeatureExtractor.from_pretrained(folder / "checkpoints" / "step_4")
     with pytest.raises(ConfigError, match=r"init_ckpt. .*run is no model folder.*give .*final or .*step_4"):
         pretrain("other", "--run.init_ckpt", str(folder))
+
+
+def test_a_requeued_job_begins_anew_once(pretrain, monkeypatch, capsys):
+    """SLURM starts the same command again, `--fresh` included."""
+    pretrain("run", "--optimizer.max_steps", "2")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for restarts, job, steps, earlier in ((0, "7", 2, 1), (1, "7", 4, 1), (2, "7", 5, 1), (1, "8", 1, 2)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        folder = pretrain("run", "--optimizer.max_steps", str(steps), fresh=True)
+        assert len(rows(folder)) == steps and len(list(folder.glob("earlier-*"))) == earlier
+        assert ("Beginning anew" in capsys.readouterr().err) == (steps < 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--data.manifest", "absent.csv"], ManifestError),
+        (["--data.min_sample_size", "16000", "--data.max_sample_size", "16000"], BatchingError),
+        (["--run.init_ckpt", "absent"], ConfigError),
+    ],
+)
+def test_a_refused_start_leaves_nothing_of_a_new_folder_and_all_of_an_old_one(pretrain, tmp_path, options, error):
+    with pytest.raises(error):
+        pretrain("new", *options)
+    left = snapshot(tmp_path / "new") if (tmp_path / "new").exists() else {}
+    assert {path.name for path in left} <= {"data.arrow"}
+    folder = pretrain("old", "--optimizer.max_steps", "2")
+    before = snapshot(folder)
+    with pytest.raises(error):
+        pretrain("old", *options, fresh=True)
+    assert snapshot(folder) == before
 
 
 def test_a_second_run_in_the_same_folder_is_refused(pretrain, tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def test_what_it_reckons_with_is_what_the_run_does(plan, script, config, tmp_pat
     assert not error and "Continuing from" in printed and "8 updates on" in printed
     assert any("Changed since this run began: optimizer.max_steps 12 -> 20" in note for note in found.notes)
     _, _, error = plan("--model.codebook_size", "13", folder="done")
-    assert re.search(r"1 problem \(see above\); the first: .* holds a run of another model", error)
+    assert re.search(r"1 problem \(see above\); the first: .* holds another run: model.codebook_size", error)
 
 
 def test_checkpoint_of_spidr_base():

@@ -305,6 +305,31 @@ def test_one_run_per_folder(tmp_path):
     RunLock(tmp_path, patience=0).release()
 
 
+def test_of_a_folder_in_which_nothing_was_done_nothing_is_left(tmp_path):
+    code = "processes.RunLock(sys.argv[1])\nraise SystemExit(1)"
+    with in_another_process(code, str(tmp_path / "a" / "b")) as process:
+        assert process.wait() == 1
+    assert list(tmp_path.iterdir()) == []
+    lock = RunLock(tmp_path / "a")
+    (tmp_path / "a" / "file").touch()
+    lock.release()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".lock", "file"]
+
+
+def test_who_waited_for_a_lock_that_is_gone_keeps_others_out(tmp_path):
+    code = "print('ready', flush=True)\nlock = processes.RunLock(sys.argv[1])\nprint('locked', flush=True)\n"
+    code += "import time\ntime.sleep(60)"
+    lock = RunLock(tmp_path / "run")
+    with in_another_process(code, str(tmp_path / "run")) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        lock.release()
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(RunFolderError, match=f"in use by another run .process {process.pid} "):
+            RunLock(tmp_path / "run", patience=0.2)
+        process.terminate()
+
+
 def test_processes_die_with_their_launcher():
     """The launcher is killed; its process gets SIGTERM, as if asked to save and stop."""
     worker = (
