@@ -48,10 +48,10 @@ from spidr_hf.finetuning.arguments import (
     describe_run,
     draw,
     load_for_finetuning,
-    open_parts,
+    open_splits,
     settings_of,
 )
-from spidr_hf.finetuning.batches import Part
+from spidr_hf.finetuning.batches import Split
 from spidr_hf.finetuning.classification import FrameTask, SpeakerTask, UtteranceTask, label_fields, layer_weights
 from spidr_hf.finetuning.loop import finetune
 from spidr_hf.finetuning.reporter import describe_scores
@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> None:
         if args.task == "utterance":
             raise ValueError("--task utterance needs --column: which column has the labels.")
         args.column = "speaker"
-    labels, parts = open_parts(args, lambda data, source: read_labels(args, data, source))
-    _, source, indices = parts[0]
+    labels, splits = open_splits(args, lambda data, source: read_labels(args, data, source))
+    _, source, indices = splits[0]
     seen = [labels[source.fileid(index)] for index in indices]
     names = sorted(
         {phone for phones in seen for phone, _, _ in phones} if args.task == "frame" else set(map(str, seen))
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     description = describe_run(args, changes, task=args.task, names=names)
     max_samples = round(args.max_seconds * SAMPLING_RATE)
     task = task_class(model, feature_extractor, names, labels, description, max_samples)
-    made = [Part(name, source, indices, task.labels(source)) for name, source, indices in parts]
+    made = [Split(name, source, indices, task.labels(source)) for name, source, indices in splits]
     if args.task == "utterance" and (unknown := {task.name_of(i, made[1]) for i in made[1].indices} - set(names)):
         raise ValueError(f"The label {min(unknown)!r} of the validation audio does not occur in training.")
     results = finetune(task, made[0], made[1], made[2:], settings, args.out_dir, args.fresh)

@@ -46,10 +46,10 @@ from spidr_hf.finetuning.arguments import (
     describe_run,
     draw,
     load_for_finetuning,
-    open_parts,
+    open_splits,
     settings_of,
 )
-from spidr_hf.finetuning.batches import Part
+from spidr_hf.finetuning.batches import Split
 from spidr_hf.finetuning.ctc import (
     UNITS,
     CTCTask,
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     prepare_training_process()
     state = start_processes()
-    targets, parts = open_parts(args, lambda data, source: read_targets(args, data, source))
-    _, source, indices = parts[0]
+    targets, splits = open_splits(args, lambda data, source: read_targets(args, data, source))
+    _, source, indices = splits[0]
     tokenizer = make_tokenizer(args.units, (targets[source.fileid(index)] for index in indices))
     changes = config_changes(args) | {
         "vocab_size": len(tokenizer),
@@ -104,15 +104,15 @@ def run(args: argparse.Namespace) -> None:
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     description = describe_run(args, changes, task="ctc", units=args.units, tokens=tokens)
     task = CTCTask(model, Wav2Vec2Processor(feature_extractor, tokenizer), args.units, targets, description)
-    made: list[Part] = []
-    for name, source, indices in parts:
+    made: list[Split] = []
+    for name, source, indices in splits:
         labels = task.labels(source)
         indices, left_out = usable(source, indices, model.config, labels, round(args.max_seconds * SAMPLING_RATE))
         for reason, count in left_out.items():
             say(f"{count} utterances for {name} are {reason}: left out.")
         if not len(indices):
             raise ValueError(f"No utterance is left for {name}.")
-        made.append(Part(name, source, indices, labels))
+        made.append(Split(name, source, indices, labels))
     expect_blanks(model, blank_share(made[0], model.config))
     # The language model is opened first: what is missing should be known before hours of training.
     ngram = None
@@ -125,9 +125,9 @@ def run(args: argparse.Namespace) -> None:
     if ngram:
         task.decode = ngram
         decoded: dict[str, Any] = {"scores": {}}
-        for part in made[1:]:
-            scores = evaluate(task, part, settings, state.device)
-            decoded["scores"][f"{part.name}, {args.ngram}"] = {"utterances": len(part), **scores}
+        for split in made[1:]:
+            scores = evaluate(task, split, settings, state.device)
+            decoded["scores"][f"{split.name}, {args.ngram}"] = {"utterances": len(split), **scores}
         lines.append(describe_scores(decoded))
     if state.is_main_process:
         draw(args.out_dir, results)

@@ -302,11 +302,12 @@ class SkippedFiles:
     Args:
         path: the file; entries of an earlier start of the run stay. None: keep no file.
         max_share: largest share of the utterances tried that may be skipped.
+        limit: what messages call it.
     """
 
-    def __init__(self, path: str | Path | None, max_share: float):
+    def __init__(self, path: str | Path | None, max_share: float, limit: str = "`data.max_skipped_share`"):
         self.path = None if path is None else Path(path)
-        self.max_share = max_share
+        self.max_share, self.limit = max_share, limit
         self.tried = 0
         self.skipped = 0
         self._listed: set[str] = set()
@@ -341,7 +342,7 @@ class SkippedFiles:
         self._listed |= set(new)
         if self.skipped > self.max_share * max(self.tried, _MIN_TRIED):
             raise AudioError(
-                f"{self.skipped} of {self.tried} utterances cannot be used, more than `data.max_skipped_share` "
+                f"{self.skipped} of {self.tried} utterances cannot be used, more than {self.limit} "
                 f"({self.max_share:g}){f'; {self.path} lists them' if self.path else ''}. "
                 f"{self._commonest()}"
             )

@@ -133,26 +133,26 @@ def load_for_finetuning(
     return model, extractor
 
 
-def open_parts(
+def open_splits(
     args: argparse.Namespace, read: Callable[[str, AudioSource], Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[tuple[str, AudioSource, np.ndarray]]]:
-    """The labels of all utterances by file id; and name, source and utterances with labels of each part.
+    """The labels of all utterances by file id; and name, source and utterances with labels of each split.
 
-    The parts are training, validation and, where there is one, what is held out of it.
+    The splits are training, validation and, where there is one, what is held out of it.
 
     Args:
         read: labels by file id that belong to DATA (its name, and opened).
     """
     labels: dict[str, Any] = {}
-    parts: list[tuple[str, AudioSource, np.ndarray]] = []
+    splits: list[tuple[str, AudioSource, np.ndarray]] = []
     for name, data in (("training", args.data), ("validation", args.valid)):
         source = open_data(data, resample=args.resample, progress=PartialState().is_main_process)
         labels |= read(data, source)
         kept, away = without_held_out(source, args.labels, data, args.hold_out)
-        parts.append((name, source, labelled(source, kept, labels, name)))
+        splits.append((name, source, labelled(source, kept, labels, name)))
         if args.hold_out and name == "validation":
-            parts.append((f"held out, {args.hold_out}", source, labelled(source, away, labels, "the held-out test")))
-    return labels, parts
+            splits.append((f"held out, {args.hold_out}", source, labelled(source, away, labels, "the held-out test")))
+    return labels, splits
 
 
 def describe_run(args: argparse.Namespace, config: Mapping[str, Any], **particular: Any) -> dict[str, Any]:
@@ -202,6 +202,6 @@ __all__ = [
     "describe_run",
     "draw",
     "load_for_finetuning",
-    "open_parts",
+    "open_splits",
     "settings_of",
 ]

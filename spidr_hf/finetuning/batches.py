@@ -1,7 +1,7 @@
 """Labelled batches for fine-tuning, in the order and with the random numbers that pretraining's are made with.
 
 Batches are of similar length (`batching.BucketSampler`) and padded, and depend on nothing but the seed, the epoch and
-their number, so that a run can go on at any of them.
+their number, so that a run can resume at any of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ LabelFunction = Callable[[int], np.ndarray]
 
 
 @dataclass
-class Part:
+class Split:
     """Utterances of a source that serve one purpose (training, validation, a held-out speaker).
 
     Attributes:
@@ -76,23 +76,31 @@ class LabelledBatch(ModelBatch):
     skipped: list[Skipped] = field(default_factory=list)
 
 
+class NoAudioError(AudioError):
+    """A batch of which no utterance can be used; `skipped` has all of them, except where a worker raises it."""
+
+    def __init__(self, message: str, skipped: Sequence[Skipped] = ()):
+        super().__init__(message)
+        self.skipped = skipped
+
+
 class LabelledBatches(Dataset[LabelledBatch]):
     """Batches by key.
 
     Args:
-        part: the utterances and their labels.
+        split: the utterances and their labels.
         config: for the arithmetic of the convolutions.
         feature_extractor: standardises waveforms.
         max_samples: longer utterances are cropped to this, at a random place; None: never.
         frames: whether labels are one per frame, and are cropped with the audio.
         seed: of the crops.
         replace: a batch of which nothing can be read is of another utterance, since training goes by updates;
-            otherwise `AudioError` says so.
+            otherwise `NoAudioError` says so.
     """
 
     def __init__(
         self,
-        part: Part,
+        split: Split,
         config: SpidrConfig,
         feature_extractor: SpidrFeatureExtractor,
         *,
@@ -102,7 +110,7 @@ class LabelledBatches(Dataset[LabelledBatch]):
         replace: bool = False,
     ):
         self.replace = replace
-        self.part = part
+        self.split = split
         self.config = config
         self.feature_extractor = feature_extractor
         self.max_samples = max_samples
@@ -118,14 +126,15 @@ class LabelledBatches(Dataset[LabelledBatch]):
             try:
                 waveform = self._read(index)
             except AudioError as error:
-                skipped.append(Skipped(self.part.source.fileid(index), str(error)))
+                skipped.append(Skipped(self.split.source.fileid(index), str(error)))
                 continue
-            row, label = self._crop(waveform, self.part.labels(index), key.epoch, index)
+            row, label = self._crop(waveform, self.split.labels(index), key.epoch, index)
             rows.append(row)
             labels.append(label)
             utterances.append(index)
         if not rows:
-            raise AudioError(f"None of the {len(skipped)} utterances of a batch can be used: {skipped[-1].reason}")
+            reason = f"None of the {len(skipped)} utterances of a batch can be used: {skipped[-1].reason}"
+            raise NoAudioError(reason, skipped)
         lengths = np.array([len(row) for row in rows])
         input_values, attention_mask = padded(rows, self._width(int(lengths.max())))
         frames = frame_lengths(self.config, torch.from_numpy(lengths)).tolist()
@@ -145,7 +154,7 @@ class LabelledBatches(Dataset[LabelledBatch]):
         yield from map(int, key.utterances)
         if self.replace:
             rng = np.random.default_rng([self.seed, key.epoch, key.index, _REPLACEMENT])
-            yield from map(int, rng.permutation(self.part.indices)[:_MAX_REPLACEMENTS])
+            yield from map(int, rng.permutation(self.split.indices)[:_MAX_REPLACEMENTS])
 
     def _width(self, samples: int) -> int:
         """Samples of a batch whose longest row has this many: few different numbers of frames."""
@@ -153,7 +162,7 @@ class LabelledBatches(Dataset[LabelledBatch]):
         return max(samples, (frames - 1) * self.config.inputs_to_logits_ratio + receptive_field(self.config))
 
     def _read(self, index: int) -> np.ndarray:
-        source = self.part.source
+        source = self.split.source
         waveform, expected = source.read(index), int(source.num_samples[index])
         check_length(source.fileid(index), len(waveform), expected, receptive_field(self.config))
         return self.feature_extractor.standardize(waveform) if self.feature_extractor.do_normalize else waveform
@@ -177,11 +186,11 @@ class LabelledBatches(Dataset[LabelledBatch]):
         return padded(labels, frame_lengths(self.config, samples) if self.frames else None, NO_LABEL)[0]
 
 
-def evaluation_keys(part: Part, max_samples: int, rank: int = 0, world_size: int = 1) -> Iterator[BatchKey]:
-    """This process's share of a part, in batches of similar length, each utterance once in all processes."""
-    batches = batches_by_length(part.source.num_samples[part.indices], max_samples)
+def evaluation_keys(split: Split, max_samples: int, rank: int = 0, world_size: int = 1) -> Iterator[BatchKey]:
+    """This process's share of a split, in batches of similar length, each utterance once in all processes."""
+    batches = batches_by_length(split.source.num_samples[split.indices], max_samples)
     for number in range(rank, len(batches), world_size):
-        yield BatchKey(0, number, part.indices[batches[number]], Position())
+        yield BatchKey(0, number, split.indices[batches[number]], Position())
 
 
-__all__ = ["NO_LABEL", "LabelFunction", "LabelledBatch", "LabelledBatches", "Part", "evaluation_keys"]
+__all__ = ["NO_LABEL", "LabelFunction", "LabelledBatch", "LabelledBatches", "NoAudioError", "Split", "evaluation_keys"]

@@ -13,7 +13,7 @@ from ..data.labels import frame_phones
 from ..data.sources import AudioSource
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..modeling_spidr_heads import SpidrHeadModel
-from .batches import NO_LABEL, LabelledBatch, Part
+from .batches import NO_LABEL, LabelledBatch, Split
 from .task import Task
 
 
@@ -90,13 +90,13 @@ class UtteranceTask(ClassificationTask):
     def predict(self, output: Any, batch: LabelledBatch) -> list[int]:
         return output.logits.argmax(-1).tolist()
 
-    def score(self, predictions: Mapping[int, int], part: Part) -> dict[str, float]:
-        right = [self.names[number] == self.name_of(index, part) for index, number in predictions.items()]
+    def score(self, predictions: Mapping[int, int], split: Split) -> dict[str, float]:
+        right = [self.names[number] == self.name_of(index, split) for index, number in predictions.items()]
         return {"accuracy": float(np.mean(right))}
 
-    def name_of(self, index: int, part: Part) -> str:
+    def name_of(self, index: int, split: Split) -> str:
         """The label of an utterance, by name."""
-        return str(self.by_fileid[part.source.fileid(index)])
+        return str(self.by_fileid[split.source.fileid(index)])
 
 
 class SpeakerTask(UtteranceTask):
@@ -115,10 +115,10 @@ class SpeakerTask(UtteranceTask):
         return list(torch.nn.functional.normalize(output.embeddings.float(), dim=-1).cpu().numpy())
 
     def score(  # type: ignore[override]
-        self, predictions: Mapping[int, np.ndarray], part: Part
+        self, predictions: Mapping[int, np.ndarray], split: Split
     ) -> dict[str, float]:
         embeddings = np.stack(list(predictions.values()))
-        names = np.array([self.name_of(index, part) for index in predictions])
+        names = np.array([self.name_of(index, split) for index in predictions])
         first, second = np.triu_indices(len(names), k=1)
         similarities = (embeddings @ embeddings.T)[first, second]
         return {"eer": equal_error_rate(similarities, names[first] == names[second])}
@@ -150,10 +150,10 @@ class FrameTask(ClassificationTask):
         right = ((output.logits.argmax(-1) == labels) & counted).sum(1)
         return list(zip(right.tolist(), counted.sum(1).tolist(), strict=True))
 
-    def score(self, predictions: Mapping[int, tuple[int, int]], part: Part) -> dict[str, float]:
+    def score(self, predictions: Mapping[int, tuple[int, int]], split: Split) -> dict[str, float]:
         right, counted = np.array(list(predictions.values())).sum(0)
         if not counted:
-            raise ValueError(f"No frame of {part.name} has a label that training knows.")
+            raise ValueError(f"No frame of {split.name} has a label that training knows.")
         return {"accuracy": float(right / counted)}
 
 

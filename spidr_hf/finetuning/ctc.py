@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizer, Wav2Vec2CTCTokenizer, Wav2Vec2Phon
 
 from ..configuration_spidr import SpidrConfig, frame_lengths
 from ..modeling_spidr_heads import SpidrForCTC
-from .batches import LabelledBatch, Part
+from .batches import LabelledBatch, Split
 from .task import Task
 
 UNITS = ("characters", "phones")
@@ -80,10 +80,10 @@ def expect_blanks(model: SpidrForCTC, share: float) -> None:
         model.lm_head.bias[blank] = math.log(share / (1 - share) * others)
 
 
-def blank_share(part: Part, config: SpidrConfig) -> float:
-    """Share of the frames of a part that CTC has no token for."""
-    frames = int(frame_lengths(config, torch.from_numpy(part.source.num_samples[part.indices])).sum())
-    tokens = sum(len(part.labels(int(index))) for index in part.indices)
+def blank_share(split: Split, config: SpidrConfig) -> float:
+    """Share of the frames of a split that CTC has no token for."""
+    frames = int(frame_lengths(config, torch.from_numpy(split.source.num_samples[split.indices])).sum())
+    tokens = sum(len(split.labels(int(index))) for index in split.indices)
     return min(max(1 - tokens / frames, 0.1), 0.99)
 
 
@@ -119,7 +119,7 @@ class NgramDecoder:
         beam_width: int = 100,
     ):
         try:
-            import kenlm  # noqa: F401 (pyctcdecode would only warn and go on without the language model)
+            import kenlm  # noqa: F401 (pyctcdecode would only warn and continue without the language model)
             from pyctcdecode import build_ctcdecoder
         except ImportError as error:
             raise ValueError(
@@ -171,8 +171,8 @@ class CTCTask(Task):
     def predict(self, output: Any, batch: LabelledBatch) -> list[str]:
         return [self.decode(logits[:frames]) for logits, frames in zip(output.logits, batch.frames, strict=True)]
 
-    def score(self, predictions: Mapping[int, str], part: Part) -> dict[str, float]:
-        references = [self.targets[part.source.fileid(index)] for index in predictions]
+    def score(self, predictions: Mapping[int, str], split: Split) -> dict[str, float]:
+        references = [self.targets[split.source.fileid(index)] for index in predictions]
         return error_rates(self.units, references, list(predictions.values()))
 
     def save(self, folder: Path) -> None:

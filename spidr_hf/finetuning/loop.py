@@ -2,7 +2,7 @@
 
 What is particular to a kind of labels is a `Task`: its labels, how predictions are scored, what goes into the model
 folder. The loop makes updates of labelled batches on any number of processes, validates, keeps the best weights, and
-goes on after an interruption at the very next batch.
+resumes after an interruption at the very next batch.
 """
 
 import gc
@@ -32,7 +32,7 @@ from ..training.optimizing import UpdateGuard, scale_and_clip
 from ..training.schedules import learning_rate
 from ..training.sharding import distribute, gradient_sync
 from ..training.stopping import StopSignal
-from .batches import Part
+from .batches import Split
 from .reporter import Reporter, best_step, say
 from .settings import Settings, settle
 from .task import Task, evaluate, long_enough
@@ -43,9 +43,15 @@ _NUM_BUCKETS = 30
 
 
 def finetune(
-    task: Task, train: Part, valid: Part, tests: Sequence[Part], settings: Settings, folder: Path, fresh: bool = False
+    task: Task,
+    train: Split,
+    valid: Split,
+    tests: Sequence[Split],
+    settings: Settings,
+    folder: Path,
+    fresh: bool = False,
 ) -> dict:
-    """The whole run: train or go on, then evaluate the best weights and leave a model folder in `folder/final`.
+    """The whole run: begin or resume, train, then evaluate the best weights and leave a model folder in `folder/final`.
 
     Args:
         train, valid, tests: to train on, to choose the best step by, and to score once at the end.
@@ -53,14 +59,14 @@ def finetune(
         fresh: begin anew, whatever is there, but once in a job (`checkpoints.begins_anew`).
 
     Returns:
-        The results: `best_step`, and the scores of each part by its name. Empty where a signal stopped the run.
+        The results: `best_step`, and the scores of each split by its name. Empty where a signal stopped the run.
     """
     state_of_processes = PartialState()
     rank, world_size = state_of_processes.process_index, state_of_processes.num_processes
     device, is_main = state_of_processes.device, state_of_processes.is_main_process
     model, config = task.model, task.model.config
 
-    train, valid, *tests = (long_enough(part, task) for part in (train, valid, *tests))
+    train, valid, *tests = (long_enough(split, task) for split in (train, valid, *tests))
 
     # ---- the folder, and where an earlier start of this run stopped
     beside = {"preprocessor_config.json": task.feature_extractor.to_json_string()}
@@ -200,15 +206,17 @@ def finetune(
     return results
 
 
-def finish(task: Task, parts: Sequence[Part], settings: Settings, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Score the best weights on each part, and write results.json and final/."""
+def finish(
+    task: Task, splits: Sequence[Split], settings: Settings, folder: Path, device: torch.device
+) -> dict[str, Any]:
+    """Score the best weights on each split, and write results.json and final/."""
     is_main = PartialState().is_main_process
     task.model.load_state_dict(load_file(folder / BEST_FILE))
     step = best_step(folder, task.metric, task.lower_is_better)
     results: dict[str, Any] = {"steps": settings.steps, "best_step": step, "scores": {}}
-    for part in parts:
-        scores = evaluate(task, part, settings, device)
-        results["scores"][part.name] = {"utterances": len(part), **scores}
+    for split in splits:
+        scores = evaluate(task, split, settings, device)
+        results["scores"][split.name] = {"utterances": len(split), **scores}
     if is_main:
         with replaced_folder(folder / "final") as partial:
             task.save(partial)

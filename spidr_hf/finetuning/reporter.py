@@ -18,6 +18,8 @@ from ..training.metrics import Averages, MetricsFile, read_rows
 from .batches import LabelledBatch
 from .settings import Settings
 
+_MAX_SKIPPED = 0.5  # of the utterances tried
+
 
 class Reporter:
     """metrics.jsonl, the progress bar, unusable audio, and which step was the best so far."""
@@ -27,7 +29,8 @@ class Reporter:
         self.averages = Averages(state.metrics.get("averages"))
         self._best: float | None = state.metrics.get("best")
         self._file = MetricsFile(folder / "metrics.jsonl", state.step) if is_main else None
-        self.skipped = SkippedFiles(folder / "skipped.jsonl" if is_main else None, 0.5)
+        skipped = folder / "skipped.jsonl" if is_main else None
+        self.skipped = SkippedFiles(skipped, _MAX_SKIPPED, "the share that may be left out")
         self._bar = tqdm(
             total=settings.steps,
             initial=state.step,
@@ -106,7 +109,7 @@ def shown(name: str, value: float) -> str:
 
 
 def describe_scores(results: Mapping[str, Any]) -> str:
-    """One line per part."""
+    """One line per split."""
     return "\n".join(
         f"{name} ({scores['utterances']} utterances): "
         + ", ".join(f"{key} {shown(key, value)}" for key, value in scores.items() if key != "utterances")

@@ -85,7 +85,7 @@ class Settings:
 
 
 def settle(folder: Path, description: Mapping[str, Any], settings: Settings, resuming: bool) -> list[str]:
-    """Write settings.json. When going on: say what changed, and refuse another task, model or set of labels."""
+    """Write settings.json. When resuming: say what changed, and refuse another task, model or set of labels."""
     return keep_settings(
         folder / SETTINGS_FILE, {**description, **asdict(settings)}, resuming=resuming, fixed=description
     )

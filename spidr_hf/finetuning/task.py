@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..configuration_spidr import SAMPLING_RATE, frame_lengths
+from ..data.sources import Skipped
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..modeling_spidr_heads import SpidrHeadModel
-from ..system.errors import AudioError
 from ..system.processes import gather_all
-from .batches import LabelledBatch, LabelledBatches, Part, evaluation_keys
+from .batches import LabelledBatch, LabelledBatches, NoAudioError, Split, evaluation_keys
 from .reporter import say
 from .settings import Settings
 
@@ -40,11 +40,12 @@ class Task(ABC):
         self.model = model
         self.feature_extractor = feature_extractor
         self.description = dict(description)
+        self.left_out: set[str] = set()  # of evaluations so far, since it cannot be read
 
-    def batches(self, part: Part, *, training: bool = False, seed: int = 0) -> LabelledBatches:
-        """The batches of a part; cropped in training only."""
+    def batches(self, split: Split, *, training: bool = False, seed: int = 0) -> LabelledBatches:
+        """The batches of a split; cropped in training only."""
         return LabelledBatches(
-            part,
+            split,
             self.model.config,
             self.feature_extractor,
             max_samples=self.max_samples if training else None,
@@ -66,7 +67,7 @@ class Task(ABC):
         """What is kept of a batch's outputs, per row, for `score`; small, and on the CPU."""
 
     @abstractmethod
-    def score(self, predictions: Mapping[int, Any], part: Part) -> dict[str, float]:
+    def score(self, predictions: Mapping[int, Any], split: Split) -> dict[str, float]:
         """Scores from predictions by utterance."""
 
     def save(self, folder: Path) -> None:
@@ -75,47 +76,52 @@ class Task(ABC):
         self.feature_extractor.save_pretrained(folder)
 
 
-def long_enough(part: Part, task: Task) -> Part:
-    """The part without utterances that are too short for the head. Raises `ValueError` where none is left."""
-    frames = frame_lengths(task.model.config, torch.from_numpy(part.source.num_samples[part.indices])).numpy()
-    indices = part.indices[frames >= task.min_frames]
+def long_enough(split: Split, task: Task) -> Split:
+    """The split without utterances that are too short for the head. Raises `ValueError` where none is left."""
+    frames = frame_lengths(task.model.config, torch.from_numpy(split.source.num_samples[split.indices])).numpy()
+    indices = split.indices[frames >= task.min_frames]
     if not len(indices):
-        raise ValueError(f"There is no utterance for {part.name} that has {task.min_frames} frames.")
-    if len(indices) < len(part):
-        say(
-            f"{len(part) - len(indices)} utterances for {part.name} have fewer than {task.min_frames} frames: left out."
-        )
-    return dataclasses.replace(part, indices=indices)
+        raise ValueError(f"There is no utterance for {split.name} that has {task.min_frames} frames.")
+    if len(indices) < len(split):
+        fewer = len(split) - len(indices)
+        say(f"{fewer} utterances for {split.name} have fewer than {task.min_frames} frames: left out.")
+    return dataclasses.replace(split, indices=indices)
 
 
 @torch.inference_mode()
-def evaluate(task: Task, part: Part, settings: Settings, device: torch.device) -> dict[str, float]:
-    """Scores of a part in float32, and its `loss`; the work is shared by all processes, the result the same on all."""
+def evaluate(task: Task, split: Split, settings: Settings, device: torch.device) -> dict[str, float]:
+    """Scores of a split in float32, and its `loss`; the work is shared by all processes, the result the same on all."""
     processes = PartialState()
     model = task.model.eval()
-    batches = task.batches(part)
+    batches = task.batches(split)
     most = round(2 * settings.batch_seconds * SAMPLING_RATE)
-    keys = list(evaluation_keys(part, most, processes.process_index, processes.num_processes))
+    keys = list(evaluation_keys(split, most, processes.process_index, processes.num_processes))
     found: list[tuple[int, Any]] = []
     total = weight = 0.0
-    for key in tqdm(keys, desc=part.name, unit="batch", leave=False, disable=not processes.is_main_process):
+    skipped: list[Skipped] = []
+    for key in tqdm(keys, desc=split.name, unit="batch", leave=False, disable=not processes.is_main_process):
         try:
             batch = batches[key]
-        except AudioError as error:  # nothing of it can be read; what is missing of others is left out likewise
-            say(f"{part.name}: {error}")
+        except NoAudioError as error:
+            skipped += error.skipped
             continue
+        skipped += batch.skipped
         output = model(**batch.to(device).inputs)
         found += zip(batch.utterances, task.predict(output, batch), strict=True)
         count = float(task.count(batch.labels))
         if count:
             total, weight = total + float(output.loss) * count, weight + count
     gathered = gather_all([(total, weight, found)])
+    for entry in gather_all(skipped):
+        if entry.fileid not in task.left_out:
+            task.left_out.add(entry.fileid)
+            say(f"{split.name}: left out, {entry.reason}")
     predictions = {index: value for _, _, items in gathered for index, value in items}
     if not predictions:
-        raise ValueError(f"There is no utterance to evaluate on in {part.name}.")
+        raise ValueError(f"There is no utterance to evaluate on in {split.name}.")
     # In one order on any number of processes.
     predictions = {index: predictions[index] for index in sorted(predictions)}
-    scores = task.score(predictions, part)
+    scores = task.score(predictions, split)
     weight = sum(entry[1] for entry in gathered)
     if weight:
         scores["loss"] = sum(entry[0] for entry in gathered) / weight

@@ -44,7 +44,7 @@ class MetricsFile:
         """
         if not self.path.exists():
             raise RunFolderError(
-                f"{self.path} was removed, or moved, while the run went on. It ends here, and writes no more."
+                f"{self.path} was removed, or moved, during the run. It ends here, and writes no more."
             )
         line, before = memoryview((json.dumps(row, allow_nan=False) + "\n").encode()), self._file.tell()
         with naming(self.path):

@@ -377,3 +377,9 @@ def test_rows_are_padded_into_one_tensor():
     assert padded(rows[:1])[1] is None and padded(rows[:1], 3)[1].tolist() == [[True, True, False]]
     labels, _ = padded([np.array([7]), np.array([], dtype=np.int64)], 2, -100)
     assert labels.dtype == torch.int64 and labels.tolist() == [[7, -100], [-100, -100]]
+
+
+def test_the_message_names_what_limits_the_share():
+    named = SkippedFiles(None, 0.5, "the share that may be left out")
+    with pytest.raises(AudioError, match=r"more than the share that may be left out \(0\.5\)"):
+        named.add([Skipped(str(i), "broken") for i in range(30)], 40)

@@ -5,7 +5,7 @@ import pytest
 
 from spidr_hf.data.labels import Labels, frame_phones, held_out, parse_hold_out, read_table, without_silence
 from spidr_hf.data.manifests import Manifest
-from spidr_hf.finetuning.batches import Part, evaluation_keys
+from spidr_hf.finetuning.batches import Split, evaluation_keys
 from spidr_hf.finetuning.classification import equal_error_rate
 
 
@@ -78,9 +78,9 @@ def test_evaluation_takes_each_utterance_once_on_any_number_of_processes():
 
     lengths = np.random.default_rng(0).integers(1000, 9000, 37)
     table = pa.table({"path": [f"{i}.wav" for i in range(37)], "num_samples": lengths})
-    part = Part("dev", Manifest(table, "."), np.arange(3, 37), lambda index: np.array(0))
+    split = Split("dev", Manifest(table, "."), np.arange(3, 37), lambda index: np.array(0))
     for processes in (1, 3):
-        keys = [list(evaluation_keys(part, 20_000, rank, processes)) for rank in range(processes)]
+        keys = [list(evaluation_keys(split, 20_000, rank, processes)) for rank in range(processes)]
         batches = [key.utterances for own in keys for key in own]
         assert sorted(np.concatenate(batches).tolist()) == list(range(3, 37))
         assert all(len(batch) * lengths[batch].max() <= 20_000 or len(batch) == 1 for batch in batches)

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_config
 
 from spidr_hf import SpidrForCTC
-from spidr_hf.finetuning.batches import Part
+from spidr_hf.finetuning.batches import Split
 from spidr_hf.finetuning.ctc import (
     NgramDecoder,
     blank_share,
@@ -69,8 +69,8 @@ def test_what_ctc_can_spell():
 
 def test_a_new_head_expects_blanks():
     source = SimpleNamespace(num_samples=np.array([1360, 1360, 720]))
-    part = Part("training", source, np.array([0, 1]), lambda index: np.array([1, 2]))
-    assert blank_share(part, tiny_config()) == 0.5
+    split = Split("training", source, np.array([0, 1]), lambda index: np.array([1, 2]))
+    assert blank_share(split, tiny_config()) == 0.5
     model = SpidrForCTC(tiny_config(vocab_size=9)).eval()
     expect_blanks(model, 0.8)
     model.lm_head.weight.data.zero_()

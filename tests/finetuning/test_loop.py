@@ -1,4 +1,4 @@
-"""`examples/finetune_ctc.py` and `finetune_classification.py` from end to end: they learn, go on where they stopped,
+"""`examples/finetune_ctc.py` and `finetune_classification.py` from end to end: they learn, resume where they stopped,
 and what they save gives in transformers' pipelines what they said it gives."""
 
 import json
@@ -23,7 +23,7 @@ from spidr_hf import SpidrFeatureExtractor, SpidrForAudioFrameClassification, Sp
 from spidr_hf.data.batching import BatchKey, Position
 from spidr_hf.data.labels import read_phones
 from spidr_hf.data.open import open_data
-from spidr_hf.finetuning.batches import Part
+from spidr_hf.finetuning.batches import Split
 from spidr_hf.finetuning.classification import FrameTask
 from spidr_hf.finetuning.settings import Settings
 from spidr_hf.finetuning.task import evaluate
@@ -54,8 +54,8 @@ FAST += ("--head-lr", 5e-3, "--freeze-encoder-steps", 0)
 def speech_of_tones(tmp_path_factory) -> Path:
     """A folder with `train/`, `dev/` and `labels.jsonl`: phones are tones, one speaker has a shrill tone over all."""
     folder, rng, rows = tmp_path_factory.mktemp("tones"), np.random.default_rng(0), []
-    for part, count in (("train", 24), ("dev", 8)):
-        (folder / part).mkdir()
+    for split, count in (("train", 24), ("dev", 8)):
+        (folder / split).mkdir()
         for number in range(count):
             speaker = ("quiet", "shrill")[number % 2]
             phones, pieces, start = [], [], 0.0
@@ -69,9 +69,9 @@ def speech_of_tones(tmp_path_factory) -> Path:
             wave += 0.001 * rng.standard_normal(len(wave))
             if speaker == "shrill":
                 wave += 0.3 * np.sin(2 * np.pi * 5000 * np.arange(len(wave)) / 16_000)
-            soundfile.write(folder / part / f"{part}-{number:02d}.wav", wave, 16_000)
+            soundfile.write(folder / split / f"{split}-{number:02d}.wav", wave, 16_000)
             text = " ".join("Be, a" if name == "BE" else str(name).lower() for name, _, _ in phones if name != "SIL")
-            rows.append({"id": f"{part}-{number:02d}", "speaker": speaker, "text": text, "phones": phones})
+            rows.append({"id": f"{split}-{number:02d}", "speaker": speaker, "text": text, "phones": phones})
     (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -278,9 +278,9 @@ def test_labels_of_frames_lie_on_their_frames(speech_of_tones):
     names = ["SIL", *TONES]
     for max_samples in (None, 3000):
         task = FrameTask(model, SpidrFeatureExtractor(), names, phones, {}, max_samples)
-        part = Part("dev", source, np.arange(0, 8, 2), task.labels(source))  # without the shrill speaker
+        split = Split("dev", source, np.arange(0, 8, 2), task.labels(source))  # without the shrill speaker
         for epoch in range(3):
-            batch = task.batches(part, training=True)[BatchKey(epoch, 0, part.indices, Position())]
+            batch = task.batches(split, training=True)[BatchKey(epoch, 0, split.indices, Position())]
             for wave, labels, frames in zip(batch.input_values, batch.labels, batch.frames, strict=True):
                 # The middle 5 ms of each window of 25 ms.
                 loud = torch.stack([wave[320 * t + 160 : 320 * t + 240].std() for t in range(frames)]) > 0.1
@@ -297,10 +297,10 @@ def test_batches_have_few_numbers_of_frames(speech_of_tones):
     phones = read_phones([speech_of_tones / "labels.jsonl"])
     model = SpidrForAudioFrameClassification(tiny_config(**SMALL, num_labels=5))
     task = FrameTask(model, SpidrFeatureExtractor(), ["SIL", *TONES], phones, {}, None)
-    part = Part("dev", source, np.arange(len(source.num_samples)), task.labels(source))
-    for first in range(len(part)):
-        chosen = part.indices[first : first + 2]
-        batch = task.batches(part)[BatchKey(0, 0, chosen, Position())]
+    split = Split("dev", source, np.arange(len(source.num_samples)), task.labels(source))
+    for first in range(len(split)):
+        chosen = split.indices[first : first + 2]
+        batch = task.batches(split)[BatchKey(0, 0, chosen, Position())]
         frames = int(model._get_feat_extract_output_lengths(batch.input_values.shape[1]))
         assert frames % 16 == 0 and frames - max(batch.frames) < 16 and batch.labels.shape[1] == frames
         assert batch.attention_mask.sum(1).tolist() == source.num_samples[chosen].tolist()
@@ -314,19 +314,24 @@ def test_an_unreadable_file_alone_in_its_batch(speech_of_tones, tmp_path, capsys
     phones = read_phones([speech_of_tones / "labels.jsonl"])
     model = SpidrForAudioFrameClassification(tiny_config(**SMALL, num_labels=5))
     task = FrameTask(model, SpidrFeatureExtractor(), ["SIL", *TONES], phones, {}, None)
-    part = Part("dev", source, np.arange(0, 8, 2), task.labels(source))
+    split = Split("dev", source, np.arange(0, 8, 2), task.labels(source))
     broken = next((tmp_path / "dev").rglob(f"{source.fileid(2)}.*"))
     broken.write_bytes(broken.read_bytes()[:200])
     key = BatchKey(0, 3, np.array([2]), Position())
-    batch = task.batches(part, training=True)[key]
+    batch = task.batches(split, training=True)[key]
     assert len(batch.utterances) == 1 and batch.utterances[0] in (0, 4, 6)
     assert {entry.fileid for entry in batch.skipped} == {source.fileid(2)}
-    assert torch.equal(batch.input_values, task.batches(part, training=True)[key].input_values)
+    assert torch.equal(batch.input_values, task.batches(split, training=True)[key].input_values)
     with pytest.raises(AudioError, match="None of the 1 utterances"):
-        task.batches(part)[key]
-    scores = evaluate(task, part, Settings(batch_seconds=0.01), torch.device("cpu"))  # every utterance alone
+        task.batches(split)[key]
+    scores = evaluate(task, split, Settings(batch_seconds=0.01), torch.device("cpu"))  # every utterance alone
     assert np.isfinite(scores["loss"]) and source.fileid(2) in capsys.readouterr().err
-    alone = Part("dev", source, np.array([2]), task.labels(source))
+    task.left_out.clear()
+    evaluate(task, split, Settings(), torch.device("cpu"))  # beside good ones
+    assert source.fileid(2) in capsys.readouterr().err
+    evaluate(task, split, Settings(), torch.device("cpu"))
+    assert source.fileid(2) not in capsys.readouterr().err  # said once
+    alone = Split("dev", source, np.array([2]), task.labels(source))
     with pytest.raises(AudioError, match="None of the"):
         task.batches(alone, training=True)[key]
 
@@ -344,15 +349,15 @@ def test_labels_from_the_data_itself(speech_of_tones, pretrained, tmp_path):
     from datasets import Audio, Dataset
 
     labels = [json.loads(line) for line in (speech_of_tones / "labels.jsonl").read_text().splitlines()]
-    for part in ("train", "dev"):
-        chosen = [row for row in labels if row["id"].startswith(part)]
+    for split in ("train", "dev"):
+        chosen = [row for row in labels if row["id"].startswith(split)]
         columns = {
             "id": [row["id"] for row in chosen],
-            "audio": [str(speech_of_tones / part / f"{row['id']}.wav") for row in chosen],
+            "audio": [str(speech_of_tones / split / f"{row['id']}.wav") for row in chosen],
             "mood": [row["speaker"] for row in chosen],
         }
         dataset = Dataset.from_dict(columns).cast_column("audio", Audio(decode=False))
-        dataset.class_encode_column("mood").save_to_disk(tmp_path / part)
+        dataset.class_encode_column("mood").save_to_disk(tmp_path / split)
     PartialState._reset_state()
     data = (pretrained, tmp_path / "train", tmp_path / "run", "--valid", tmp_path / "dev")
     options = ("--task", "utterance", "--column", "mood", "--steps", 2, "--eval-interval", 2)

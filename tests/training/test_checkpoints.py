@@ -202,7 +202,7 @@ def test_a_folder_that_was_removed_is_not_made_again(tmp_path):
     checkpoints, metrics = Checkpoints(folder / "checkpoints"), MetricsFile(folder / "metrics.jsonl")
     metrics.write({"step": 1})
     shutil.rmtree(folder)
-    with pytest.raises(RunFolderError, match=r"metrics.jsonl was removed, or moved, while the run went on"):
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl was removed, or moved, during the run"):
         metrics.write({"step": 2})
     with pytest.raises(RunFolderError, match=r"run was removed"):
         checkpoints.save(TrainerState(step=2), model, optimizer, wait=True)
