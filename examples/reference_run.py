@@ -174,7 +174,11 @@ def keep_rows(path: Path, last: int) -> None:
 
 def random_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+    return {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+    }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
