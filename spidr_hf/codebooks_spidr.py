@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_spidr import SpidrConfig
-from .kernels_spidr import codeword_statistics, kernels_run, nearest_codewords
+from .kernels_spidr import codeword_statistics, kernels_run, nearest_codewords, normalized_rows
 from .layers_spidr import SpidrEncoder, masked_var_mean
 
 
@@ -48,18 +48,24 @@ class SpidrTeacher(KeepFloat32, SpidrEncoder):
 
 
 def instance_norm_rows(
-    representations: Tensor, rows: Tensor, lengths: Tensor | None = None, eps: float = 1e-5
+    representations: Sequence[Tensor], rows: Tensor, lengths: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """Targets of the frames `rows` (N indices into B * T) of B x T x H: N x H, float32.
+    """Targets of the frames `rows` (N indices into B * T) of K representations B x T x H: K x N x H, float32.
 
     Each channel is normalised over the valid frames of its own utterance; only the frames asked for are written.
     """
-    batch, length, width = representations.shape
-    representations = representations.float()
-    mean, var = masked_var_mean(representations, lengths)
+    if kernels_run(representations[0]):
+        return normalized_rows(list(representations), rows, lengths, eps)
+    return torch.stack([_plain_norm_rows(x, rows, lengths, eps) for x in representations])
+
+
+def _plain_norm_rows(x: Tensor, rows: Tensor, lengths: Tensor | None, eps: float) -> Tensor:
+    batch, length, width = x.shape
+    x = x.float()
+    mean, var = masked_var_mean(x, lengths)
     utterances = torch.div(rows, length, rounding_mode="floor")
     scale = torch.rsqrt(var.view(batch, width) + eps)
-    selected = representations.reshape(batch * length, width)[rows]
+    selected = x.reshape(batch * length, width)[rows]
     return (selected - mean.view(batch, width)[utterances]) * scale[utterances]
 
 

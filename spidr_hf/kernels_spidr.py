@@ -192,6 +192,248 @@ def _differentiate_norm_gelu(ctx, grad: Tensor):
 _norm_gelu.register_autograd(_differentiate_norm_gelu, setup_context=_keep_norm_gelu)
 
 
+# ---- residual, dropout and LayerNorm
+
+
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """Seeds for `count` calls of `residual_norm`, from PyTorch's generator of the device: `count` x 2, in one launch."""
+    # Two each, so that every seed lies as Triton likes its addresses.
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (count, 2), dtype=torch.int64, device=device)
+
+
+def residual_norm(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of `residual + dropout(branch)`, ... x C; where `kernels_run`.
+
+    Args:
+        p: share of `branch` that is zeroed, decided by `seed` (of `draw_seeds`).
+
+    Returns the norm in the dtype of `residual`, and the same in the dtype of `branch`, for products.
+    """
+    out, copy = _residual_norm(residual, branch, weight, bias, seed if p > 0 else None, eps, p)
+    return out, out if residual.dtype == branch.dtype else copy
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::residual_norm", mutates_args=())
+def _residual_norm(
+    residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, p: float
+) -> tuple[Tensor, Tensor]:
+    from .triton_spidr import residual_norm_forward
+
+    residual, branch = residual.contiguous(), branch.contiguous()
+    out, copy = torch.empty_like(residual), _copy_of(residual, branch)
+    channels = residual.shape[-1]
+    rows, (block_rows, block_channels) = residual.numel() // channels, _row_blocks(channels)
+    if rows:
+        with _device_of(residual):
+            residual_norm_forward[(_blocks(rows, block_rows),)](
+                residual,
+                branch,
+                weight,
+                bias,
+                seed,
+                out,
+                copy,
+                rows,
+                channels=channels,
+                eps=eps,
+                p=p if seed is not None else 0.0,
+                copies=copy.numel() > 0,
+                block_rows=block_rows,
+                block_channels=block_channels,
+            )
+    return out, copy
+
+
+def _copy_of(residual: Tensor, branch: Tensor) -> Tensor:
+    """Place for the norm in the dtype of `branch`, where that is another."""
+    shape = (0,) if residual.dtype == branch.dtype else residual.shape
+    return branch.new_empty(shape)
+
+
+@_residual_norm.register_fake
+def _(residual, branch, weight, bias, seed, eps, p):
+    return torch.empty_like(residual, memory_format=torch.contiguous_format), _copy_of(residual, branch)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::residual_norm_backward", mutates_args=())
+def _residual_norm_backward(
+    grad: Tensor | None,
+    grad_copy: Tensor | None,
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .triton_spidr import residual_norm_backward
+
+    residual, branch = residual.contiguous(), branch.contiguous()
+    grad, grad_copy = (None if x is None else x.contiguous() for x in (grad, grad_copy))
+    channels = residual.shape[-1]
+    rows, (block_rows, block_channels) = residual.numel() // channels, _row_blocks(channels)
+    grad_residual, grad_branch = torch.empty_like(residual), torch.empty_like(branch)
+    rows_per_program = _blocks(_blocks(max(rows, 1), _PROGRAMS), block_rows) * block_rows
+    programs = _blocks(rows, rows_per_program)
+    partial = residual.new_empty((2, programs, channels), dtype=torch.float32)
+    if rows:
+        with _device_of(residual):
+            residual_norm_backward[(programs,)](
+                grad,
+                grad_copy,
+                residual,
+                branch,
+                weight,
+                seed,
+                grad_residual,
+                grad_branch,
+                partial[0],
+                partial[1],
+                rows,
+                rows_per_program,
+                channels=channels,
+                eps=eps,
+                p=p if seed is not None else 0.0,
+                has_grad=grad is not None,
+                has_grad_copy=grad_copy is not None,
+                block_rows=block_rows,
+                block_channels=block_channels,
+            )
+    sums = partial.sum(1).to(weight.dtype)
+    return grad_residual, grad_branch, sums[0].clone(), sums[1].clone()
+
+
+@_residual_norm_backward.register_fake
+def _(grad, grad_copy, residual, branch, weight, seed, eps, p):
+    whole = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (residual, branch)]
+    return *whole, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _keep_residual_norm(ctx, inputs, output) -> None:
+    residual, branch, weight, _, seed, ctx.eps, ctx.p = inputs
+    ctx.copies = output[1].numel() > 0
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(residual, branch, weight, seed)
+
+
+def _differentiate_residual_norm(ctx, grad: Tensor | None, grad_copy: Tensor | None):
+    residual, branch, weight, seed = ctx.saved_tensors
+    grad_copy = grad_copy if ctx.copies else None
+    grads = _residual_norm_backward(grad, grad_copy, residual, branch, weight, seed, ctx.eps, ctx.p)
+    return *grads, None, None, None
+
+
+_residual_norm.register_autograd(_differentiate_residual_norm, setup_context=_keep_residual_norm)
+
+
+# ---- bias and GELU
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::bias_gelu", mutates_args=())
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU (exact) of `x + bias`, ... x C in the dtype of `x`, computed in float32; where `kernels_run`.
+
+    A product whose bias is left to this one needs no pass over its gradient for the bias's.
+    """
+    from .triton_spidr import bias_gelu_forward
+
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    channels = x.shape[-1]
+    rows, block_channels = x.numel() // channels, min(256, _power_of_2(channels))
+    if rows:
+        with _device_of(x):
+            bias_gelu_forward[(_blocks(rows, 16), _blocks(channels, block_channels))](
+                x, bias, out, rows, channels=channels, block_rows=16, block_channels=block_channels
+            )
+    return out
+
+
+@bias_gelu.register_fake
+def _(x, bias):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::bias_gelu_backward", mutates_args=())
+def _bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    from .triton_spidr import bias_gelu_backward
+
+    grad, x = grad.contiguous(), x.contiguous()
+    grad_x = torch.empty_like(x)
+    channels = x.shape[-1]
+    rows, block_rows, block_channels = x.numel() // channels, 16, min(256, _power_of_2(channels))
+    columns = _blocks(channels, block_channels)
+    rows_per_program = _blocks(_blocks(max(rows, 1), _blocks(4 * _PROGRAMS, columns)), block_rows) * block_rows
+    programs = _blocks(rows, rows_per_program)
+    partial = x.new_empty((programs, channels), dtype=torch.float32)
+    if rows:
+        with _device_of(x):
+            bias_gelu_backward[(programs, columns)](
+                grad,
+                x,
+                bias,
+                grad_x,
+                partial,
+                rows,
+                rows_per_program,
+                channels=channels,
+                block_rows=block_rows,
+                block_channels=block_channels,
+            )
+    return grad_x, partial.sum(0).to(bias.dtype)
+
+
+@_bias_gelu_backward.register_fake
+def _(grad, x, bias):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(bias)
+
+
+def _keep_bias_gelu(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_bias_gelu(ctx, grad: Tensor):
+    return _bias_gelu_backward(grad, *ctx.saved_tensors)
+
+
+bias_gelu.register_autograd(_differentiate_bias_gelu, setup_context=_keep_bias_gelu)
+
+
+# ---- parameters in the dtype of products
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::cast_together", mutates_args=())
+def cast_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Each tensor in another dtype, in one launch for all of them, and so are their gradients."""
+    copies = [torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+@cast_together.register_fake
+def _(tensors, dtype):
+    return [torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in tensors]
+
+
+def _keep_cast(ctx, inputs, output) -> None:
+    ctx.dtype = inputs[0][0].dtype
+
+
+def _differentiate_cast(ctx, grads: list[Tensor]):
+    return cast_together([grad.contiguous() for grad in grads], ctx.dtype), None
+
+
+cast_together.register_autograd(_differentiate_cast, setup_context=_keep_cast)
+
+
 # ---- grouped convolution over time
 
 
@@ -332,6 +574,56 @@ def _differentiate_grouped_conv(ctx, grad: Tensor):
 _grouped_conv.register_autograd(_differentiate_grouped_conv, setup_context=_keep_grouped_conv)
 
 
+# ---- targets
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::normalized_rows", mutates_args=())
+def normalized_rows(representations: list[Tensor], rows: Tensor, lengths: Tensor | None, eps: float) -> Tensor:
+    """K representations B x T x H, each channel normalised over the first `lengths` (B; None: all) frames of its own
+    utterance, of the frames `rows` (N indices into B * T): K x N x H, float32. (`instance_norm_rows` has the plain
+    form.)"""
+    from .triton_spidr import normalized_frames, time_statistics
+
+    batch, length, width = representations[0].shape
+    frames, block_width = len(rows), min(64, _power_of_2(width))
+    out = rows.new_empty((len(representations), frames, width), dtype=torch.float32)
+    statistics = rows.new_empty((2, batch, width), dtype=torch.float32)
+    with _device_of(rows):
+        for x, of_x in zip(representations, out, strict=True):
+            x = x.contiguous()
+            time_statistics[(batch, _blocks(width, block_width))](
+                x,
+                lengths,
+                *statistics,
+                length,
+                width=width,
+                eps=eps,
+                has_lengths=lengths is not None,
+                block_frames=64,
+                block_width=block_width,
+            )
+            if frames:
+                block_rows, block_columns = _row_blocks(width)
+                normalized_frames[(_blocks(frames, block_rows),)](
+                    x,
+                    rows,
+                    *statistics,
+                    of_x,
+                    frames,
+                    length,
+                    width=width,
+                    block_frames=block_rows,
+                    block_width=block_columns,
+                )
+    return out
+
+
+@normalized_rows.register_fake
+def _(representations, rows, lengths, eps):
+    shape = (len(representations), rows.shape[0], representations[0].shape[-1])
+    return rows.new_empty(shape, dtype=torch.float32)
+
+
 # ---- codebooks
 
 
@@ -468,13 +760,18 @@ def _precision(x: Tensor) -> str:
 
 
 __all__ = [
+    "bias_gelu",
+    "cast_together",
     "codeword_statistics",
+    "draw_seeds",
     "grouped_conv1d",
     "kernel_trouble",
     "kernels_run",
     "nearest_codewords",
     "norm_gelu",
+    "normalized_rows",
     "plain_grouped_conv1d",
     "plain_norm_gelu",
+    "residual_norm",
     "use_kernels",
 ]

@@ -422,7 +422,8 @@ class SpidrAttention(nn.Module):
         if self.config._attn_implementation == "sdpa" and not output_attentions and attends_by_products(qkv, dropout):
             context = product_attention(qkv, attention_mask, self.scaling, dropout)
             return linear(self.proj, context.reshape(batch, length, -1)), None
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # Unbound where they lie, so that their gradients are laid side by side in one go.
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         if reads_faster_in_one_piece(qkv):
             key, value = qkv[:, :, 1:].permute(2, 0, 3, 1, 4).contiguous().unbind(0)
         attention: Callable = eager_attention_forward

@@ -267,7 +267,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
             representation_only=True,
         )
         with torch.autocast(projected.device.type, enabled=False):
-            return torch.stack([instance_norm_rows(x, rows, lengths) for x in output.representations])
+            return instance_norm_rows(output.representations, rows, lengths)
 
     @torch.no_grad()
     def get_teacher_labels(self, input_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -332,10 +332,11 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         decay = self.teacher_decay(step)
         if decay < 1:
             averaged, copied = self._teacher_pairs()
-            for pairs, weight in ((averaged, 1 - decay), (copied, 1.0)):
-                if pairs:
-                    weights = weight if where is None else [where * weight] * len(pairs)
-                    torch._foreach_lerp_([teacher for teacher, _ in pairs], [student for _, student in pairs], weights)
+            if averaged:
+                _move_towards(averaged, 1 - decay, where)
+            if copied:
+                weights = 1.0 if where is None else [where.float()] * len(copied)
+                torch._foreach_lerp_([teacher for teacher, _ in copied], [student for _, student in copied], weights)
         if where is None:
             self.current_step.fill_(step)
         else:
@@ -381,6 +382,18 @@ class SpidrForAudioTokenization(_CodebookPredictions, SpidrPreTrainedModel):
     ) -> SpidrAudioTokenizationOutput:
         """The same as `encode`."""
         return self.encode(input_values, attention_mask, **kwargs)
+
+
+def _move_towards(pairs: list[tuple[Tensor, Tensor]], weight: float, where: Tensor | None) -> None:
+    """Moves the first of each pair towards the second by the share `weight`; not at all where `where` is False."""
+    moved, towards = [first for first, _ in pairs], [second for _, second in pairs]
+    if where is None:
+        torch._foreach_lerp_(moved, towards, weight)
+        return
+    # Weights that lie on the device cost lerp a launch per tensor. A step of gradient descent along `towards - moved`
+    # is the same, in one launch for all, and knows an update that is to be left out.
+    recipe = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "is_first_step": False}
+    torch._fused_sgd_(moved, towards, [], lr=-weight, weight_decay=-1.0, found_inf=(~where).float(), **recipe)
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -24,6 +24,26 @@ def _normalize(x, inside, channels, eps):
     return centred * inverse[:, None], inverse
 
 
+@triton.jit
+def _norm_gradient(grad_normed, normed, inverse, channels):
+    """Gradient of what `_normalize` takes, from that of the rows it returns."""
+    mean = tl.sum(grad_normed, axis=1) / channels
+    along = tl.sum(grad_normed * normed, axis=1) / channels
+    return (grad_normed - mean[:, None] - normed * along[:, None]) * inverse[:, None]
+
+
+@triton.jit
+def _gelu(y):
+    """y * Phi(y), Phi the normal distribution's cumulative function."""
+    return 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_slope(y):
+    """d/dy of `_gelu`."""
+    return 0.5 * (1.0 + tl.erf(y * 0.7071067811865476)) + y * 0.3989422804014327 * tl.exp(-0.5 * y * y)
+
+
 @triton.jit(do_not_specialize=_LENGTHS)
 def norm_gelu_forward(
     x,
@@ -48,8 +68,7 @@ def norm_gelu_forward(
         scale = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
         shift = tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)
         y = y * scale[None, :] + shift[None, :]
-    y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offsets, _gelu(y).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -91,20 +110,167 @@ def norm_gelu_backward(
         offsets = row[:, None] * channels + column[None, :]
         normed, inverse = _normalize(tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32), inside, channels, eps)
         y = normed * scale[None, :] + shift[None, :]
-        # d/dy of y * Phi(y), Phi the normal distribution's cumulative function.
-        slope = 0.5 * (1.0 + tl.erf(y * 0.7071067811865476)) + y * 0.3989422804014327 * tl.exp(-0.5 * y * y)
-        grad_y = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32) * slope
+        grad_y = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32) * _gelu_slope(y)
         if affine:
             weight_sum += tl.sum(grad_y * normed, axis=0)
             bias_sum += tl.sum(grad_y, axis=0)
-        grad_normed = grad_y * scale[None, :]
-        mean = tl.sum(grad_normed, axis=1) / channels
-        along = tl.sum(grad_normed * normed, axis=1) / channels
-        grad_rows = (grad_normed - mean[:, None] - normed * along[:, None]) * inverse[:, None]
+        grad_rows = _norm_gradient(grad_y * scale[None, :], normed, inverse, channels)
         tl.store(grad_x + offsets, grad_rows.to(grad_x.dtype.element_ty), mask=inside)
     if affine:
         tl.store(grad_weight + program.to(tl.int64) * channels + column, weight_sum, mask=in_row)
         tl.store(grad_bias + program.to(tl.int64) * channels + column, bias_sum, mask=in_row)
+
+
+@triton.jit
+def _dropped(x, seed, row, p: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr):
+    """`x` with a share `p` of its elements zeroed and the others scaled: the same ones for the same seed and rows."""
+    quarter = tl.arange(0, block_channels // 4)
+    places = row.to(tl.int32)[:, None] * (block_channels // 4) + quarter[None, :]
+    # One number of four is as dear as all four.
+    a, b, c, d = tl.rand4x(tl.load(seed), places)
+    numbers = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (block_rows, block_channels))
+    return tl.where(numbers >= p, x * (1.0 / (1.0 - p)), 0.0)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def residual_norm_forward(
+    residual,
+    branch,
+    weight,
+    bias,
+    seed,
+    out,
+    copy,
+    rows,
+    channels: tl.constexpr,
+    eps: tl.constexpr,
+    p: tl.constexpr,
+    copies: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_channels: tl.constexpr,
+):
+    """Norm of `residual + dropout(branch)`, in the dtypes of both."""
+    row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
+    column = tl.arange(0, block_channels)
+    in_row = column < channels
+    inside = (row < rows)[:, None] & in_row[None, :]
+    offsets = row[:, None] * channels + column[None, :]
+    added = tl.load(branch + offsets, mask=inside, other=0.0).to(tl.float32)
+    if p > 0:
+        added = _dropped(added, seed, row, p, block_rows, block_channels)
+    x = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32) + added
+    y, _ = _normalize(x, inside, channels, eps)
+    scale = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)
+    y = y * scale[None, :] + shift[None, :]
+    tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
+    if copies:
+        tl.store(copy + offsets, y.to(copy.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def residual_norm_backward(
+    grad,
+    grad_copy,
+    residual,
+    branch,
+    weight,
+    seed,
+    grad_residual,
+    grad_branch,
+    grad_weight,
+    grad_bias,
+    rows,
+    rows_per_program,
+    channels: tl.constexpr,
+    eps: tl.constexpr,
+    p: tl.constexpr,
+    has_grad: tl.constexpr,
+    has_grad_copy: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_channels: tl.constexpr,
+):
+    """Gradients of `rows_per_program` rows; those of weight and bias as one partial sum per program (P x C).
+
+    Sum, statistics and dropout are computed again.
+    """
+    program = tl.program_id(0)
+    first = program.to(tl.int64) * rows_per_program
+    column = tl.arange(0, block_channels)
+    in_row = column < channels
+    scale = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
+    weight_sum = tl.zeros((block_channels,), tl.float32)
+    bias_sum = tl.zeros((block_channels,), tl.float32)
+    for start in range(0, rows_per_program, block_rows):
+        index = start + tl.arange(0, block_rows)
+        row = first + index
+        inside = ((index < rows_per_program) & (row < rows))[:, None] & in_row[None, :]
+        offsets = row[:, None] * channels + column[None, :]
+        added = tl.load(branch + offsets, mask=inside, other=0.0).to(tl.float32)
+        if p > 0:
+            added = _dropped(added, seed, row, p, block_rows, block_channels)
+        x = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32) + added
+        normed, inverse = _normalize(x, inside, channels, eps)
+        grad_y = tl.zeros((block_rows, block_channels), tl.float32)
+        if has_grad:
+            grad_y += tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
+        if has_grad_copy:
+            grad_y += tl.load(grad_copy + offsets, mask=inside, other=0.0).to(tl.float32)
+        weight_sum += tl.sum(grad_y * normed, axis=0)
+        bias_sum += tl.sum(grad_y, axis=0)
+        grad_x = _norm_gradient(grad_y * scale[None, :], normed, inverse, channels)
+        tl.store(grad_residual + offsets, grad_x.to(grad_residual.dtype.element_ty), mask=inside)
+        if p > 0:
+            grad_x = _dropped(grad_x, seed, row, p, block_rows, block_channels)
+        tl.store(grad_branch + offsets, grad_x.to(grad_branch.dtype.element_ty), mask=inside)
+    tl.store(grad_weight + program.to(tl.int64) * channels + column, weight_sum, mask=in_row)
+    tl.store(grad_bias + program.to(tl.int64) * channels + column, bias_sum, mask=in_row)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def bias_gelu_forward(
+    x, bias, out, rows, channels: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr
+):
+    """Exact GELU of `x + bias`."""
+    row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
+    column = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    in_row = column < channels
+    inside = (row < rows)[:, None] & in_row[None, :]
+    offsets = row[:, None] * channels + column[None, :]
+    shift = tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)
+    y = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
+    tl.store(out + offsets, _gelu(y).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def bias_gelu_backward(
+    grad,
+    x,
+    bias,
+    grad_x,
+    grad_bias,
+    rows,
+    rows_per_program,
+    channels: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_channels: tl.constexpr,
+):
+    """Gradients of some columns of `rows_per_program` rows, and their sum (a row of P x C), for the bias."""
+    first = tl.program_id(0).to(tl.int64) * rows_per_program
+    column = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    in_row = column < channels
+    shift = tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)
+    total = tl.zeros((block_channels,), tl.float32)
+    for start in range(0, rows_per_program, block_rows):
+        index = start + tl.arange(0, block_rows)
+        row = first + index
+        inside = ((index < rows_per_program) & (row < rows))[:, None] & in_row[None, :]
+        offsets = row[:, None] * channels + column[None, :]
+        y = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
+        grad_y = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32) * _gelu_slope(y)
+        total += tl.sum(grad_y, axis=0)
+        tl.store(grad_x + offsets, grad_y.to(grad_x.dtype.element_ty), mask=inside)
+    tl.store(grad_bias + tl.program_id(0).to(tl.int64) * channels + column, total, mask=in_row)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -215,6 +381,74 @@ def grouped_conv_weight(
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
+def time_statistics(
+    x,
+    lengths,
+    means,
+    scales,
+    length,
+    width: tl.constexpr,
+    eps: tl.constexpr,
+    has_lengths: tl.constexpr,
+    block_frames: tl.constexpr,
+    block_width: tl.constexpr,
+):
+    """Mean over time and one over the deviation of some channels of one utterance of B x T x C: B x C each.
+
+    Two passes, the second out of cache: squares of what is centred, as the plain form sums them.
+    """
+    utterance = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block_width + tl.arange(0, block_width)
+    in_row = column < width
+    end = length
+    if has_lengths:
+        end = tl.maximum(tl.load(lengths + utterance), 1).to(tl.int32)
+    first = x + utterance * length * width + column[None, :]
+    total = tl.zeros((block_frames, block_width), tl.float32)
+    for start in range(0, end, block_frames):
+        frame = start + tl.arange(0, block_frames)
+        inside = (frame < end)[:, None] & in_row[None, :]
+        total += tl.load(first + frame.to(tl.int64)[:, None] * width, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(total, axis=0) / end
+    squares = tl.zeros((block_frames, block_width), tl.float32)
+    for start in range(0, end, block_frames):
+        frame = start + tl.arange(0, block_frames)
+        inside = (frame < end)[:, None] & in_row[None, :]
+        value = tl.load(first + frame.to(tl.int64)[:, None] * width, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.where(inside, value - mean[None, :], 0.0)
+        squares += centred * centred
+    scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / end + eps)
+    tl.store(means + utterance * width + column, mean, mask=in_row)
+    tl.store(scales + utterance * width + column, scale, mask=in_row)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def normalized_frames(
+    x,
+    rows,
+    means,
+    scales,
+    out,
+    frames,
+    length,
+    width: tl.constexpr,
+    block_frames: tl.constexpr,
+    block_width: tl.constexpr,
+):
+    """The frames `rows` (N indices into B * T) of `x`, normalised by their utterance's statistics: N x C, float32."""
+    position = tl.program_id(0).to(tl.int64) * block_frames + tl.arange(0, block_frames)
+    column = tl.arange(0, block_width)
+    there = position < frames
+    inside = there[:, None] & (column < width)[None, :]
+    row = tl.load(rows + position, mask=there, other=0)
+    of_utterance = (row // length)[:, None] * width + column[None, :]
+    value = tl.load(x + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    mean = tl.load(means + of_utterance, mask=inside, other=0.0)
+    scale = tl.load(scales + of_utterance, mask=inside, other=0.0)
+    tl.store(out + position[:, None] * width + column[None, :], (value - mean) * scale, mask=inside)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
 def nearest_codeword(
     targets,
     codewords,
@@ -291,10 +525,16 @@ def codeword_sums(
 
 
 __all__ = [
+    "bias_gelu_backward",
+    "bias_gelu_forward",
     "codeword_sums",
     "grouped_conv",
     "grouped_conv_weight",
     "nearest_codeword",
     "norm_gelu_backward",
     "norm_gelu_forward",
+    "normalized_frames",
+    "residual_norm_backward",
+    "residual_norm_forward",
+    "time_statistics",
 ]

@@ -7,6 +7,7 @@ from interpreted import need_interpreter, run_kernels_anywhere
 from tiny import random_mask, tiny_config
 
 from spidr_hf import SpidrForPretraining, kernels_spidr
+from spidr_hf.codebooks_spidr import instance_norm_rows
 from spidr_hf.kernels_spidr import (
     codeword_statistics,
     grouped_conv1d,
@@ -114,6 +115,23 @@ def test_many_frames_are_summed_in_parts(kernels):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
+@both_dtypes
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(("length", "width"), [(1, 8), (70, 48), (130, 96)])
+def test_targets(kernels, length, width, padded, dtype):
+    representations = [tensor(3, length, width, dtype=dtype, seed=seed) * 2 + 3 for seed in range(2)]
+    representations[1] = representations[1].transpose(1, 2).contiguous().transpose(1, 2)
+    lengths = torch.tensor([length, 1 + length // 2, 1], device=DEVICE) if padded else None
+    rows = torch.tensor([0, length - 1, length, 3 * length - 1, 0], device=DEVICE)
+    ours = instance_norm_rows(representations, rows, lengths)
+    assert not len(instance_norm_rows(representations, rows[:0], lengths)[0])
+    use_kernels(False)
+    plain = instance_norm_rows(representations, rows, lengths)
+    use_kernels(True)
+    assert ours.dtype == plain.dtype == torch.float32
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(("frames", "size", "width"), [(1, 24, 48), (70, 40, 33), (20, 130, 8)])
 def test_labels_counts_and_sums(kernels, frames, size, width):
     targets, codewords = tensor(2, frames, width), tensor(2, size, width, seed=1)
@@ -140,16 +158,20 @@ def test_all_frames_may_have_one_codeword(kernels):
     torch.testing.assert_close(sums[:, 39], targets.sum(1), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("operation", ["norm_gelu", "grouped_conv", "nearest_codewords", "codeword_statistics"])
+@pytest.mark.parametrize(
+    "operation",
+    ["_norm_gelu", "_grouped_conv", "nearest_codewords", "codeword_statistics", "normalized_rows"],
+)
 def test_the_compiler_is_told_the_truth(kernels, operation):
     x = tensor(2, 9, 16).requires_grad_()
     samples = {
-        "norm_gelu": (x, tensor(16).requires_grad_(), tensor(16).requires_grad_(), 1e-5),
-        "grouped_conv": (x, tensor(16, 8, 4).requires_grad_(), tensor(16).requires_grad_(), 2),
+        "_norm_gelu": (x, tensor(16).requires_grad_(), tensor(16).requires_grad_(), 1e-5),
+        "_grouped_conv": (x, tensor(16, 8, 4).requires_grad_(), tensor(16).requires_grad_(), 2),
         "nearest_codewords": (tensor(2, 9, 16), tensor(2, 20, 16)),
         "codeword_statistics": (torch.zeros(2, 9, dtype=torch.int64, device=DEVICE), tensor(2, 9, 16), 20),
+        "normalized_rows": ([tensor(2, 9, 16)] * 2, torch.tensor([3, 17], device=DEVICE), None, 1e-5),
     }
-    function = getattr(kernels_spidr, operation if "code" in operation else f"_{operation}")
+    function = getattr(kernels_spidr, operation)
     torch.library.opcheck(function, samples[operation], test_utils=("test_schema", "test_faketensor"))
 
 

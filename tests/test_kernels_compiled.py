@@ -68,6 +68,12 @@ for dtype in ("bf16", "fp32"):
     conv = {"x": dtype, "grad": dtype, "grad_taps": "fp32"}
     numbers = ["rows", "length", "rows_per_program"]
     check("grouped_conv_weight", conv, numbers, {**shape, "block_rows": 64}, num_warps=4 if half else 8)
+    statistics = {"x": dtype, "lengths": "i64", "means": "fp32", "scales": "fp32"}
+    blocks = {"width": 768, "eps": 1e-5, "has_lengths": True, "block_frames": 64, "block_width": 64}
+    check("time_statistics", statistics, ["length"], blocks)
+    pointers = {"x": dtype, "rows": "i64", "means": "fp32", "scales": "fp32", "out": "fp32"}
+    blocks = {"width": 768, "block_frames": 4, "block_width": 1024}
+    check("normalized_frames", pointers, ["frames", "length"], blocks)
 full = {"targets": "fp32", "codewords": "fp32", "half_norms": "fp32", "labels": "i64"}
 blocks = {"size": 256, "width": 768, "block_frames": 64, "block_size": 128, "block_width": 32}
 check("nearest_codeword", full, ["frames"], blocks, num_warps=8)
@@ -86,7 +92,7 @@ def test_every_kernel_compiles_without_spilling(tmp_path, target):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 10
+    assert len(results) == 14
     for name, result in results.items():
         assert result["stack"] == 0 and result["shared"] <= TARGETS[target], (name, result)
         # Labels come from true float32 products, which tensor cores do not have.

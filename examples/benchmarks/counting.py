@@ -101,9 +101,9 @@ class Count:
     reads: int = 0
     parts: dict[str, "Count"] = field(default_factory=dict)
 
-    def add(self, moved: int, flops: int) -> None:
-        """An operation."""
-        self.operations, self.moved, self.flops = self.operations + 1, self.moved + moved, self.flops + flops
+    def add(self, moved: int, flops: int, operations: int = 1) -> None:
+        """An operation, or several of a kind."""
+        self.operations, self.moved, self.flops = self.operations + operations, self.moved + moved, self.flops + flops
 
 
 def compiler() -> str | None:
@@ -189,10 +189,10 @@ class _Counter(TorchDispatchMode):
         if self._counting:
             self.count.peak = max(self.count.peak, self._alive)
             if not _is_view(func) and name not in _MOVE_NOTHING:
-                moved, flops = _moved(func, args, kwargs, out), _flops(func, args, kwargs, out)
-                self.count.add(moved, flops)
+                counted = _moved(func, args, kwargs, out), _flops(func, args, kwargs, out), _operations(name, args)
+                self.count.add(*counted)
                 part = "backward" if torch._C._current_autograd_node() is not None else "forward, update"
-                self.count.parts.setdefault(part, Count()).add(moved, flops)
+                self.count.parts.setdefault(part, Count()).add(*counted)
         return out
 
     def _keep(self, tensor: Tensor) -> None:
@@ -216,6 +216,12 @@ def _tensors(tree: object) -> list[Tensor]:
 
 def _size(tensors: list[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _operations(name: str, args: tuple) -> int:
+    """One; of lists of tensors as many as there are where PyTorch takes one after the other."""
+    lists = [x for x in args if isinstance(x, list)] if name.startswith("_foreach") else []
+    return len(lists[0]) if len(lists) > 2 and any(x.dim() == 0 for x in lists[2]) else 1
 
 
 def _is_view(func) -> bool:
@@ -284,6 +290,8 @@ def _fake_cuda() -> Iterator[None]:
         self._values, self._event = tensor.detach(), None
 
     with ExitStack() as stack:
+        library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        library.impl("_fused_sgd_", lambda *_, **__: None, "Meta")  # PyTorch has none
         for target, name, value in (
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
