@@ -130,7 +130,7 @@ def linear(module: nn.Module, x: Tensor, activation: nn.Module | None = None) ->
         x = module(x)
     elif not is_plain(module):
         x = call(module, x, F.linear, product)
-    elif activation is not None and _is_exact_gelu(activation) and fast_products(x, module.weight, module.bias):
+    elif activation is not None and is_exact_gelu(activation) and fast_products(x, module.weight, module.bias):
         return fast_product(x, module.weight, module.bias, gelu=True)
     else:
         x = product(x, module.weight, module.bias)
@@ -175,7 +175,7 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum(0) if ctx.has_bias and need_bias else None
 
 
-def _is_exact_gelu(activation: nn.Module) -> bool:
+def is_exact_gelu(activation: nn.Module) -> bool:
     """transformers' and PyTorch's GELU without approximation, which nothing watches."""
     exact = getattr(activation, "act", None) is F.gelu or getattr(activation, "approximate", None) == "none"
     return exact and is_untouched(activation)
@@ -294,6 +294,7 @@ __all__ = [
     "fast_products",
     "gelu_in_place",
     "has_fast_bfloat16",
+    "is_exact_gelu",
     "linear",
     "onednn_takes",
     "product",

@@ -30,7 +30,7 @@ _NAMESPACE = re.sub(r"\W+", "_", re.sub(r"[^\x00-\x7f]", lambda letter: f"u{ord(
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Programs of the kernels that sum over rows: enough for any GPU, and the same on all, so that sums are too.
 _PROGRAMS = 528
-_MAX_CHANNELS = 8192  # a row is one block
+MAX_CHANNELS = 8192  # a row is one block
 
 _enabled = os.environ.get("SPIDR_HF_KERNELS", "1") != "0"
 _available = importlib.util.find_spec("triton") is not None
@@ -89,7 +89,7 @@ def norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
     As a kernel it returns the dtype of `x` and computes in float32; autocast changes nothing about it.
     """
     channels = x.shape[-1]
-    if kernels_run(x) and channels <= _MAX_CHANNELS and (weight is None) == (bias is None):
+    if kernels_run(x) and channels <= MAX_CHANNELS and (weight is None) == (bias is None):
         return _norm_gelu(x, weight, bias, eps)
     return plain_norm_gelu(x, weight, bias, eps)
 
@@ -196,8 +196,8 @@ _norm_gelu.register_autograd(_differentiate_norm_gelu, setup_context=_keep_norm_
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:
-    """Seeds for `count` calls of `residual_norm`, from PyTorch's generator of the device: `count` x 2, in one launch."""
-    # Two each, so that every seed lies as Triton likes its addresses.
+    """Seeds for `count` calls of `residual_norm`, from PyTorch's generator of the device: `count` x 2, one a row."""
+    # In rows of two, so that every seed lies as Triton likes its addresses.
     return torch.randint(-(1 << 63), (1 << 63) - 1, (count, 2), dtype=torch.int64, device=device)
 
 
@@ -428,7 +428,9 @@ def _keep_cast(ctx, inputs, output) -> None:
 
 
 def _differentiate_cast(ctx, grads: list[Tensor]):
-    return cast_together([grad.contiguous() for grad in grads], ctx.dtype), None
+    there = [grad.contiguous() for grad in grads if grad is not None]
+    cast = iter(cast_together(there, ctx.dtype))
+    return [None if grad is None else next(cast) for grad in grads], None
 
 
 cast_together.register_autograd(_differentiate_cast, setup_context=_keep_cast)
@@ -760,6 +762,7 @@ def _precision(x: Tensor) -> str:
 
 
 __all__ = [
+    "MAX_CHANNELS",
     "bias_gelu",
     "cast_together",
     "codeword_statistics",

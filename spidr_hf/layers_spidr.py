@@ -6,6 +6,7 @@ laid end to end, which is faster than convolving and needs no transpose around t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from .cpu_spidr import (
     fast_product,
     fast_products,
     gelu_in_place,
+    is_exact_gelu,
     linear,
     onednn_takes,
     product_attention,
@@ -34,7 +36,16 @@ from .cpu_spidr import (
     row_pieces,
     strided_convolution,
 )
-from .kernels_spidr import grouped_conv1d, kernels_run, norm_gelu
+from .kernels_spidr import (
+    MAX_CHANNELS,
+    bias_gelu,
+    cast_together,
+    draw_seeds,
+    grouped_conv1d,
+    kernels_run,
+    norm_gelu,
+    residual_norm,
+)
 from .plain_spidr import call, is_plain, is_untouched, plain_mode
 
 # Samples of a batch that the extractor takes at a time where no gradient is needed: about 80 MB of activations in
@@ -381,6 +392,16 @@ class SpidrPositionalConvEmbedding(nn.Module):
         return hidden_states if keep is None else hidden_states * keep
 
 
+def _for_products(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Parameters (or None) as products with `x` take them: under autocast in its dtype, all in one launch."""
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    there = [parameter for parameter in parameters if parameter is not None]
+    if all(parameter.dtype == dtype for parameter in there) or len({parameter.dtype for parameter in there}) > 1:
+        return list(parameters)
+    cast = iter(cast_together(there, dtype))
+    return [None if parameter is None else next(cast) for parameter in parameters]
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -417,11 +438,17 @@ class SpidrAttention(nn.Module):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         batch, length, _ = hidden_states.shape
-        qkv = linear(self.qkv, hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
+        project_in, project_out = partial(linear, self.qkv), partial(linear, self.proj)
+        if kernels_run(hidden_states) and is_plain(self.qkv) and is_plain(self.proj):
+            parameters = self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias
+            weight_in, bias_in, weight_out, bias_out = _for_products(hidden_states, *parameters)
+            project_in = partial(F.linear, weight=weight_in, bias=bias_in)
+            project_out = partial(F.linear, weight=weight_out, bias=bias_out)
+        qkv = project_in(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
         dropout = self.dropout if self.training else 0.0
         if self.config._attn_implementation == "sdpa" and not output_attentions and attends_by_products(qkv, dropout):
             context = product_attention(qkv, attention_mask, self.scaling, dropout)
-            return linear(self.proj, context.reshape(batch, length, -1)), None
+            return project_out(context.reshape(batch, length, -1)), None
         # Unbound where they lie, so that their gradients are laid side by side in one go.
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         if reads_faster_in_one_piece(qkv):
@@ -438,7 +465,7 @@ class SpidrAttention(nn.Module):
             dropout=dropout,
             scaling=self.scaling,
         )
-        return linear(self.proj, context.reshape(batch, length, -1)), weights
+        return project_out(context.reshape(batch, length, -1)), weights
 
 
 class SpidrFeedForward(nn.Module):
@@ -452,6 +479,10 @@ class SpidrFeedForward(nn.Module):
         self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        up, down = self.intermediate_dense, self.output_dense
+        if kernels_run(hidden_states) and is_plain(up) and is_plain(down) and is_exact_gelu(self.activation):
+            weight, next_weight, next_bias = _for_products(hidden_states, up.weight, down.weight, down.bias)
+            return F.linear(self.dropout(bias_gelu(F.linear(hidden_states, weight), up.bias)), next_weight, next_bias)
         pieces = None
         if is_untouched(self.activation, self.dropout):
             pieces = row_pieces(hidden_states, self.intermediate_dense, self.output_dense)
@@ -483,28 +514,53 @@ class SpidrEncoderLayer(GradientCheckpointingLayer):
         output_attentions: bool = False,
         representation_only: bool = False,
         rows: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """B x T x H -> (output, representation, attention weights).
+        copy: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        """B x T x H -> (output, representation, attention weights, copy of the output).
 
         The representation is the feed-forward output before dropout, residual and the last norm. With
         `representation_only` nothing after it is computed and the output is None; the representation is then N x H
-        where `rows` (N indices into B * T) are given.
+        where `rows` (N indices into B * T) are given. `copy`: the input in the dtype of products, where there is one;
+        `seeds`: of dropout in kernels (2 x 2, see `draw_seeds`).
         """
-        inputs = self.layer_norm(hidden_states) if self.pre_norm else hidden_states
+        fuses = self.fuses(hidden_states)
+        inputs = self.layer_norm(hidden_states) if self.pre_norm else hidden_states if copy is None else copy
         context, weights = self.attention(inputs, attention_mask, output_attentions)
-        hidden_states = hidden_states + self.dropout(context)
+        if not fuses:
+            hidden_states = hidden_states + self.dropout(context)
         if representation_only and rows is not None:
             # Not `[rows]`, whose gradient is sorted by row on a GPU: rows differ, so that adding needs no order.
             hidden_states = hidden_states.flatten(0, 1).index_select(0, rows)
-        if self.pre_norm:
+            context = context.flatten(0, 1).index_select(0, rows) if fuses else context
+        if fuses:
+            p = self.dropout.p if self.dropout.training else 0.0
+            seeds = draw_seeds(2, hidden_states.device) if p > 0 and seeds is None else seeds
+            seed, next_seed = (None, None) if seeds is None else seeds
+            hidden_states, copy = _residual_norm(self.layer_norm, hidden_states, context, p, seed)
+            representation = self.feed_forward(copy)
+        elif self.pre_norm:
             representation = self.feed_forward(self.final_layer_norm(hidden_states))
         else:
             hidden_states = self.layer_norm(hidden_states)
             representation = self.feed_forward(hidden_states)
         if representation_only:
-            return None, representation, weights
+            return None, representation, weights, None
+        if fuses:
+            output, copy = _residual_norm(self.final_layer_norm, hidden_states, representation, p, next_seed)
+            return output, representation, weights, copy
         output = hidden_states + self.dropout(representation)
-        return (output if self.pre_norm else self.final_layer_norm(output)), representation, weights
+        return (output if self.pre_norm else self.final_layer_norm(output)), representation, weights, None
+
+    def fuses(self, hidden_states: Tensor) -> bool:
+        """Whether dropout, residual and norm are one kernel each time."""
+        norms = self.layer_norm, self.final_layer_norm
+        plain = not self.pre_norm and is_untouched(self.dropout) and all(is_plain(norm) for norm in norms)
+        return plain and kernels_run(hidden_states) and hidden_states.shape[-1] <= MAX_CHANNELS
+
+
+def _residual_norm(norm: nn.LayerNorm, x: Tensor, branch: Tensor, p: float, seed: Tensor | None):
+    return residual_norm(x, branch, norm.weight, norm.bias, norm.eps, p, seed)
 
 
 class SpidrEncoderOutput(NamedTuple):
@@ -564,21 +620,24 @@ class SpidrEncoder(nn.Module):
             hidden_states.requires_grad_()
         attention_mask = self._attention_mask(hidden_states, frame_mask, output_attentions)
 
+        copy, seeds = None, self._seeds(hidden_states)
         representations, outputs, attentions = [], [], []
         num_layers = len(self.layers) if num_layers is None else num_layers
         for number, layer in enumerate(self.layers[:num_layers], start=1):
-            output, representation, weights = layer(
+            output, representation, weights, copy = layer(
                 hidden_states,
                 attention_mask,
                 output_attentions,
                 representation_only and number == num_layers,
                 last_rows,
+                copy,
+                None if seeds is None else seeds[number - 1],
             )
             if self.training and self.config.layerdrop > 0 and output is not None:
                 # The layer has run all the same: its representation reaches the objective, its parameters have
                 # gradients on every process, and nothing waits for a random number on the host.
                 kept = torch.rand((), device=output.device) >= self.config.layerdrop
-                output = torch.where(kept, output, hidden_states)
+                output, copy = torch.where(kept, output, hidden_states), None
             hidden_states = output
             if first_representation is not None and number >= first_representation:
                 representations.append(representation)
@@ -589,6 +648,14 @@ class SpidrEncoder(nn.Module):
         if self.config.do_stable_layer_norm and hidden_states is not None and num_layers == len(self.layers):
             hidden_states = self.layer_norm(hidden_states)
         return SpidrEncoderOutput(hidden_states, representations, outputs, embeddings, attentions)
+
+    def _seeds(self, hidden_states: Tensor) -> Tensor | None:
+        """Of dropout in the layers' kernels, in one launch for all."""
+        if not (
+            self.training and self.config.hidden_dropout > 0 and self.layers and self.layers[0].fuses(hidden_states)
+        ):
+            return None
+        return draw_seeds(2 * len(self.layers), hidden_states.device).unflatten(0, (-1, 2))
 
     def _checkpoints(self) -> bool:
         return any(layer.gradient_checkpointing for layer in self.layers)

@@ -14,16 +14,16 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "benchmark_cuda.py"
 PINNED = "2.13.0"
 # 20 utterances of 11.875 s in bfloat16, uncompiled: operations that move data, GB, GiB at the fullest moment.
 TWO_LAYERS = {
-    "own kernels": (463, 36.33, 4.21),
-    "padded": (570, 38.7, 4.23),
-    "after the freeze": (404, 20.57, 1.77),
-    "plain": (560, 81.33, 8.78),
+    "own kernels": (397, 34.21, 4.17),
+    "padded": (478, 35.93, 4.18),
+    "after the freeze": (338, 18.45, 1.77),
+    "plain": (568, 81.17, 8.78),
 }
 BASE = {
-    "own kernels": (1267, 86.67, 9.02),
-    "padded": (1512, 96.07, 9.03),
-    "after the freeze": (1208, 70.91, 6.07),
-    "plain": (1364, 131.66, 13.6),
+    "own kernels": (791, 71.67, 9.06),
+    "padded": (932, 78.45, 9.06),
+    "after the freeze": (732, 55.91, 6.11),
+    "plain": (1362, 130.69, 13.6),
 }
 
 pytestmark = [
