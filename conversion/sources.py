@@ -6,12 +6,10 @@ import json
 import os
 import re
 import sys
-import tomllib
 import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from spidr_hf.hub.card import CARDS
+from spidr_hf.hub.card import published
 from spidr_hf.system.files import publish, unfinished
 from spidr_hf.system.messages import one_line, shown
 
@@ -47,13 +45,6 @@ class Source:
     objective: str | None = None
     card: dict[str, Any] | None = None  # of the published checkpoint that this is
     origin: str = ""  # as the user would find it again
-
-
-@cache
-def published() -> dict[str, dict[str, Any]]:
-    """The published checkpoints by name: the data of their model cards."""
-    cards = {path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(CARDS.glob("*.toml"))}
-    return {name: {"name": name, **card} for name, card in cards.items()}
 
 
 def find_source(source: str) -> Source:

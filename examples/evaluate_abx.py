@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from spidr_hf.evaluation.abx import FREQUENCY, Token, abx, read_items
+from spidr_hf.hub.card import add_results, evaluation_results
 from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.names import match_names
@@ -60,6 +61,9 @@ def main() -> None:
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--json", type=user_path, metavar="OUT", help="write the scores there")
     parser.add_argument("--plot", type=user_path, metavar="PICTURE", help="draw curves over layers")
+    parser.add_argument(
+        "--card", nargs=2, metavar=("MODEL", "NAME"), help="tell MODEL's card the scores, as of data NAME"
+    )
     args = parser.parse_args()
     with clear_errors():
         tokens = read_items(args.item, args.frequency)
@@ -91,6 +95,12 @@ def main() -> None:
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_text(args.json, json.dumps(result, indent=2) + "\n")
+        if args.card:
+            model, name = args.card
+            kind = "abx_units" if args.units else "abx"
+            for layer, values in scores.items():
+                shares = {f"{kind}_{speaker}": value / 100 for speaker, value in values.items()}
+                add_results(user_path(model), evaluation_results(shares, name, layer=layer))
         if args.plot:
             from spidr_hf.plots.figures import layer_figure, save_figure
 

@@ -20,7 +20,8 @@ per, f1 and r_val are DiscoPhon's: every unit is read as the phone that it occur
 unit for each phone, of which there must be as many), and the phones' errors and boundaries (within 20 ms) are counted.
 
 --agreement OTHER_UNITS adds the share of equal units, of student and teacher (extract_units.py --teacher) for example.
---plot draws the phone-by-unit matrix, or for several layers the scores' curves.
+--plot draws the phone-by-unit matrix, or for several layers the scores' curves. --card writes the scores into the card
+of a model folder, where the Hub shows them.
 """
 
 import argparse
@@ -35,6 +36,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 from spidr_hf.data.alignments import SILENCES, read_alignments
 from spidr_hf.evaluation.discovery import ASSIGNMENTS, discovery_scores
 from spidr_hf.evaluation.phones import agreement, all_scores, count_pairs
+from spidr_hf.hub.card import add_results, evaluation_results
 from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.names import match_names
@@ -49,6 +51,9 @@ def main() -> None:
     parser.add_argument("alignments", type=user_path, metavar="ALIGNMENTS", help="see above")
     parser.add_argument("--json", type=user_path, metavar="OUT", help="write the scores there")
     parser.add_argument("--plot", type=user_path, metavar="PICTURE", help="draw a picture (.png, .pdf, .svg)")
+    parser.add_argument(
+        "--card", nargs=2, metavar=("MODEL", "NAME"), help="tell MODEL's card the scores, as of data NAME"
+    )
     parser.add_argument("--agreement", type=user_path, metavar="OTHER_UNITS", help="other units of the same utterances")
     parser.add_argument("--deduplicate", action="store_true", help="bitrate of units without repeats")
     parser.add_argument(
@@ -98,6 +103,10 @@ def main() -> None:
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_text(args.json, json.dumps(result, indent=2) + "\n")
+        if args.card:
+            model, name = args.card
+            for layer, values in scores.items():
+                add_results(user_path(model), evaluation_results(values, name, layer=layer))
         if args.plot:
             from spidr_hf.plots.figures import layer_figure, matrix_figure, save_figure
 

@@ -108,7 +108,8 @@ class HubPush(Observer):
         model.save_pretrained(staged)
         SpidrFeatureExtractor(do_normalize=self._config.data.normalize).save_pretrained(staged)
         save_code_files(staged)
-        card = trained_card(model, summary, self._config.to_toml(), model_id=self.repo)
+        start = self._config.run.init_ckpt
+        card = trained_card(model, summary, self._config.to_toml(), model_id=self.repo, start=start)
         (staged / "README.md").write_text(card, encoding="utf-8")
         return staged
 

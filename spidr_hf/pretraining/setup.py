@@ -352,7 +352,8 @@ def save_final(
                 f"Cannot write the model into {folder}: {error}. Once the cause is removed, the same command does so."
             ) from error
         SpidrFeatureExtractor(do_normalize=config.data.normalize).save_pretrained(partial)
-        card = trained_card(model.config, summary, config.to_toml(), model_id=config.run.push_to_hub)
+        run = config.run
+        card = trained_card(model.config, summary, config.to_toml(), model_id=run.push_to_hub, start=run.init_ckpt)
         for name, text in {"README.md": card, **(files or {})}.items():
             (partial / name).write_text(text, encoding="utf-8")
 

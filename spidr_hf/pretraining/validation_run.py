@@ -7,6 +7,7 @@ which data and masks (`data`), so that nothing is computed twice and what is out
 
 import importlib.util
 import json
+import logging
 import math
 import re
 import time
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from ..data.sections import DataSection
+from ..hub.card import add_results, evaluation_results
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError
 from ..system.files import write_text
@@ -35,6 +37,8 @@ from .reporter import Reporter
 from .setup import autocast, save_final
 from .start import Run, final_step
 from .validation import ValidationSet, open_sets
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME, PLOT_NAME = "validation.jsonl", "validation.png"
 BEST_NAME, CHOICE_NAME = "best", "selection.json"
@@ -166,6 +170,11 @@ class InlineValidation(Observer):
                     say(f"[validation.{validation.name}]: {note}.")
         self._reporter.pause(time.perf_counter() - start)
 
+    def finish(self, final: Path | None) -> None:
+        """The finished model's card gets its scores."""
+        if final is not None and self._accelerator.is_main_process:
+            write_scores(final, self._file, self._last, self.sets, self._first_layer)
+
 
 class RunFollower:
     """Validates the checkpoints of a run's folder, in a process of its own; training does not notice.
@@ -271,6 +280,8 @@ class RunFollower:
             self.say(describe(row, self.config.model.first_codebook_layer))
             for note in validation.new_notes():
                 self.say(f"[validation.{validation.name}]: {note}.")
+        if step == final_step(self.run_dir):
+            self._write_scores(self.run_dir / "final", step)
         self._log(logged, step)
         self._keep_best()
         if time.monotonic() - self._plotted > _PLOT_INTERVAL:
@@ -304,7 +315,11 @@ class RunFollower:
         summary = f"Step {step} of a run, the best by {score} ({values[step]:.4g}) on {validation.name}."
         content = json.dumps({**choice, "step": step, "value": values[step]}, indent=1) + "\n"
         save_final(self._model, path.parent, self.config, summary, {CHOICE_NAME: content})  # type: ignore[arg-type]
+        self._write_scores(path.parent, step)
         self.say(f"best/ is step {step}: {score} {values[step]:.4g} on {validation.name}.")
+
+    def _write_scores(self, folder: Path, step: int) -> None:
+        write_scores(folder, self.file, step, self.sets, self.config.model.first_codebook_layer)
 
     def _plot(self) -> None:
         """The curves as a picture, where matplotlib is installed."""
@@ -404,6 +419,19 @@ def _section(config: PretrainingConfig, data: str, alignments: str | None) -> tu
     name = re.sub(r"[^\w-]+", "-", Path(data).stem).strip("-") or "data"
     changes = {"manifest": data, "alignments_path": alignments}
     return name, DataSection(**{field: getattr(config.data, field) for field in INHERITED} | changes)
+
+
+def write_scores(
+    folder: Path, file: ValidationFile, step: int, sets: Sequence[ValidationSet], first_layer: int
+) -> None:
+    """Scores of a step into the card of a model folder that holds its weights, for the Hub to show."""
+    known = {validation.name: validation.fingerprint for validation in sets}
+    rows = [row for row in file.rows() if row["step"] == step and row["data"] == known.get(row["name"])]
+    results = [result for row in rows for result in evaluation_results(row, row["name"], layer=first_layer)]
+    try:
+        add_results(folder, results)
+    except (OSError, ValueError) as error:  # people edit their cards
+        logger.warning("The scores of step %s are not written into a card: %s", step, error)
 
 
 def _row(step: int, validation: ValidationSet, scores: Mapping[str, Any], checkpoint: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 import reference_abx
 import torch
 from commands import fails, run_command
+from huggingface_hub import ModelCard
 
 from spidr_hf.evaluation.abx import Token, abx, cell_error, cut_tokens, dtw, read_items
 
@@ -153,9 +154,17 @@ def test_the_command(files, tmp_path):
 
 def test_units(files, tmp_path):
     """Of a folder with layers, and of one file."""
-    done = run_command("evaluate_abx", files / "triphones.item", files / "units", "--units", "--json", tmp_path / "a")
+    (tmp_path / "README.md").write_text("---\ntags:\n- speech\n---\n\n# A model\n")
+    done = run_command(
+        "evaluate_abx", files / "triphones.item", files / "units", "--units", "--json", tmp_path / "a",
+        "--card", tmp_path, "dev",
+    )  # fmt: skip
     assert done.status == 0, done.err
     scores = json.loads((tmp_path / "a").read_text())["layers"]
+    told = {
+        result.metric_name: result.metric_value for result in ModelCard.load(tmp_path / "README.md").data.eval_results
+    }
+    assert told["ABX error of units across speakers (%), layer 2"] == round(scores["2"]["across"], 2)
     assert scores["1"]["within"] < 45 < scores["2"]["across"] < 60
     one = files / "units" / "1" / "units.jsonl"
     done = run_command("evaluate_abx", files / "triphones.item", one, "--units", "--json", tmp_path / "b")

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from commands import fails, run_command
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,15 +146,20 @@ def test_one_file(units_folder, speech, tmp_path):
 
 
 def test_layers_and_agreement(units_folder, speech, tmp_path):
+    (tmp_path / "README.md").write_text("---\ntags:\n- speech\n---\n\n# A model\n")
     done = run_command(
         "evaluate_units", units_folder, speech / "alignments.jsonl", "--json", tmp_path / "s.json",
-        "--plot", tmp_path / "curves.svg", "--agreement", units_folder, "--deduplicate",
+        "--plot", tmp_path / "curves.svg", "--agreement", units_folder, "--deduplicate", "--card", tmp_path, "dev",
     )  # fmt: skip
     assert done.status == 0, done.err
     scores = json.loads((tmp_path / "s.json").read_text())["layers"]
     assert list(scores) == ["5", "6"] and scores["5"]["pnmi"] < 0.05 < scores["6"]["pnmi"]
     assert scores["6"]["agreement"] == 1 and scores["6"]["bitrate"] < scores["5"]["bitrate"]
     assert "layer 5" in done.out and "<svg" in (tmp_path / "curves.svg").read_text()
+    told = {
+        result.metric_name: result.metric_value for result in ModelCard.load(tmp_path / "README.md").data.eval_results
+    }
+    assert all(told[f"PNMI, layer {layer}"] == round(scores[layer]["pnmi"], 4) for layer in scores)
 
 
 def test_partly_aligned_units_are_scored_as_far_as_they_are(units_folder, speech, tmp_path):

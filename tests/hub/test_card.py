@@ -20,7 +20,15 @@ from spidr_hf import (
 )
 from spidr_hf.conversion.sources import published
 from spidr_hf.finetuning.ctc import make_tokenizer
-from spidr_hf.hub.card import CARDS, converted_card, finetuned_card, trained_card
+from spidr_hf.hub.card import (
+    CARDS,
+    add_results,
+    base_model,
+    converted_card,
+    evaluation_results,
+    finetuned_card,
+    trained_card,
+)
 
 ADAPT = {f"spidr-adapt-{kind}" for kind in ("ssl", "ssl-reptile", "ssl-foblo", "sl", "sl-reptile", "sl-foblo")}
 NAMES = {"spidr-base", "dinosr-base", "dinosr-original", "spidr-vp20", "spidr-mmsulab"} | ADAPT
@@ -154,6 +162,65 @@ def test_the_card_of_a_fine_tuned_model(tmp_path) -> None:
     assert ModelCard(random).data.base_model is None and "Fine-tuned from random weights." in random
 
 
+def test_what_the_hub_is_told_of_results(tmp_path) -> None:
+    def told(text: str) -> dict[tuple[str, str], float]:
+        data = ModelCard(text).data
+        return {(result.dataset_name, result.metric_name): result.metric_value for result in data.eval_results or ()}
+
+    ctc = ModelCard(finetuned("ctc")).data.eval_results
+    assert [(r.task_type, r.metric_type, r.metric_value) for r in ctc] == [("automatic-speech-recognition", "per", 25)]
+    assert told(finetuned("frame")) == {("validation", "Accuracy (%)"): 25}
+    # Every number that the Hub is told of a published checkpoint stands in the text, and those of the paper are told.
+    for name in NAMES:
+        results = card(name).partition("## Results")[2].partition("## ")[0]
+        assert all(f" {value:.2f} " in results for value in told(card(name)).values())
+        assert len(told(card(name))) == len(re.findall(r"(?<=\| )\d\.\d\d(?= \|)", results))
+    assert told(card("spidr-base"))["LibriSpeech dev-clean", "ABX error of units within speakers (%), layer 6"] == 2.99
+    assert ModelCard(card("spidr-base")).data.eval_results[0].source_url == "https://arxiv.org/abs/2512.20308"
+
+    readme = tmp_path / "README.md"
+    readme.write_text(text := trained_card(tiny_config(), "It was trained.", "[run]\n"))
+    scores = {"pnmi": [0.1, 0.2], "per": [0.5, None], "loss": 1.0, "r_val": float("nan")}
+    add_results(tmp_path, evaluation_results(scores, "dev", layer=3))
+    expected = {("dev", "PNMI, layer 3"): 0.1, ("dev", "PNMI, layer 4"): 0.2}
+    expected["dev", "Phone error rate (%), layer 3"] = 50
+    assert told(readme.read_text()) == expected
+    # The same score of the same data takes the place of the earlier one; the text stays as it is.
+    add_results(tmp_path, evaluation_results({"pnmi": 0.3, "abx_within": 0.05}, "dev", layer=4))
+    expected |= {("dev", "PNMI, layer 4"): 0.3, ("dev", "ABX error within speakers (%), layer 4"): 5}
+    assert told(readme.read_text()) == expected
+    assert readme.read_text().split("\n---\n", 1)[1].strip() == text.split("\n---\n", 1)[1].strip()
+    readme.write_text("---\na: [\n---\n")
+    with pytest.raises(ValueError, match="no YAML"):
+        add_results(tmp_path, [])
+    readme.unlink()
+    with pytest.raises(ValueError, match="has no card"):
+        add_results(tmp_path, [])
+
+
+def test_the_model_that_another_comes_from(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = "facebook/spidr-base"
+    url = published()["spidr-base"]["source"]["url"]
+    assert [base_model(start) for start in ("spidr-base", url, base, "me/mine")] == [base, base, base, "me/mine"]
+    assert base_model(None) is None and base_model("runs/mine/final") is None and base_model("step_9.pt") is None
+
+    def folder(name: str, text: str) -> Path:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "README.md").write_text(text)
+        return Path(name)
+
+    # A folder is known by its card: what it is itself, or what it comes from.
+    converted = folder(base, card("spidr-base"))
+    assert base_model(converted) == base
+    assert base_model("dinosr-original") is None and base_model(str(folder("here", card("dinosr-original")))) is None
+    adapted = folder("adapted", trained_card(tiny_config(), "", "", start=str(converted)))
+    assert ModelCard((adapted / "README.md").read_text()).data.base_model == base == base_model(adapted)
+    assert base_model(folder("ours", trained_card(tiny_config(), "", "", model_id="me/ours"))) == "me/ours"
+    assert ModelCard(finetuned("ctc", model=str(adapted))).data.base_model == base
+    assert base_model(folder("unknown", converted_card(SpidrConfig(), model_id="my-model", origin="a.pt"))) is None
+
+
 @pytest.mark.parametrize("name", [*sorted(NAMES), "unknown", "trained", *HEADS])
 def test_metadata_keeps_the_rules_of_the_hub(name: str) -> None:
     """What the Hub's own validation, which needs the network, refuses or warns of."""
@@ -163,7 +230,7 @@ def test_metadata_keeps_the_rules_of_the_hub(name: str) -> None:
     assert ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n").data.to_dict() == metadata
     assert set(metadata) <= {
         *("library_name", "pipeline_tag", "tags", "language", "datasets", "metrics", "base_model"),
-        *("license", "license_name", "license_link"),
+        *("license", "license_name", "license_link", "model-index", "model_name"),
     }
     assert metadata["library_name"] == "transformers"
     tags = {"ctc": "automatic-speech-recognition", "utterance": "audio-classification", "speaker": None, "frame": None}

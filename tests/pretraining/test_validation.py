@@ -16,6 +16,7 @@ import soundfile
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from commands import fails, run_command
+from huggingface_hub import ModelCard
 from runs import assert_same_run, finish, launch, load_script, rows, write_audio, write_config
 from safetensors.torch import load_file
 
@@ -408,6 +409,12 @@ def test_a_checkpoint_that_is_deleted_or_damaged_is_passed_over(run, monkeypatch
     assert any("step_9 is damaged" in line for line in said)
 
 
+def told(folder: Path) -> dict[tuple[str, str], float]:
+    """What the Hub is told of a model's scores."""
+    results = ModelCard.load(folder / "README.md").data.eval_results
+    return {(result.dataset_name, result.metric_name): result.metric_value for result in results}
+
+
 def test_best_is_kept(run, monkeypatch):
     """`best/` is the model of the best checkpoint by the score that is named, also when that one is gone."""
     said: list[str] = []
@@ -425,6 +432,8 @@ def test_best_is_kept(run, monkeypatch):
     assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
     assert "the best by loss" in (run / "best" / "README.md").read_text()
     SpidrModel.from_pretrained(run / "best")
+    for folder, row in (("best", best), ("final", rows[-1])):
+        assert told(run / folder)["dev", "PNMI, layer 3"] == pytest.approx(row["pnmi"][0], abs=1e-4)
     # It stays when its checkpoint is deleted, and is not written again.
     shutil.rmtree(run / "checkpoints" / f"step_{best['step']}")
     if best["step"] == 12:
@@ -532,6 +541,7 @@ def test_inline_validation_disturbs_nothing(pretrain, options):
     model.load_state_dict(load_file(folder / "final" / "model.safetensors"))
     again = follower.sets[0].evaluate(model, follower._precision())
     assert file.rows()[-2]["loss"] == pytest.approx(again["loss"], rel=1e-6)
+    assert told(folder / "final")["dev", "PNMI, layer 3"] == pytest.approx(again["pnmi"][0], abs=1e-4)
 
 
 def test_inline_validation_resumes_where_it_was_killed(pretrain, monkeypatch):
