@@ -307,8 +307,8 @@ def conv_output_length(length, kernel: int, stride: int):
 
 def frame_lengths(config: SpidrConfig, lengths):
     """Frames T of `lengths` samples (an int or an integer tensor), at least 0."""
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        lengths = conv_output_length(lengths, kernel, stride)
+    # Floors of floors are one, and compilers get on much better with it.
+    lengths = conv_output_length(lengths, receptive_field(config), config.inputs_to_logits_ratio)
     return lengths.clamp(min=0) if isinstance(lengths, Tensor) else max(lengths, 0)
 
 
