@@ -53,7 +53,8 @@ class Reporter(Observer):
         for note in notes:
             self.say(note)
         run = config.run
-        start_trackers(
+        self._file = MetricsFile(output_dir / "metrics.jsonl", state.step) if is_main else None
+        self._again = start_trackers(
             accelerator,
             run.tracker,
             output_dir,
@@ -62,9 +63,9 @@ class Reporter(Observer):
             mode=run.wandb_mode,
             config=config.to_dict(),
             step=state.step,
+            reached=0 if self._file is None else self._file.reached,
         )
         self._interval = config.run.log_interval
-        self._file = MetricsFile(output_dir / "metrics.jsonl", state.step) if is_main else None
         self._averages = Averages(state.metrics)
         self._watch = CollapseWatch(state.collapse)
         self.skipped = SkippedFiles(output_dir / "skipped.jsonl" if is_main else None, config.data.max_skipped_share)
@@ -107,11 +108,16 @@ class Reporter(Observer):
         if self._file is not None:
             self._file.write(row)
         if means:
-            self._accelerator.log(curves(row), step=step)
+            self.send(curves(row), step)
             self.say(self._watch.look(means["target_ppl"], means["active_codewords"]))
         self._averages.reset()
         self._restart_window()
         self.skipped.add([entry for skipped, _, _ in seen for entry in skipped], sum(tried for _, tried, _ in seen))
+
+    def send(self, values: dict[str, float], step: int) -> None:
+        """Points of curves for the tracker, unless an earlier start has sent those of the step."""
+        if step not in self._again:
+            self._accelerator.log(values, step=step)
 
     def pause(self, seconds: float) -> None:
         """Take note of seconds that were spent on something else than training (validation)."""

@@ -162,7 +162,7 @@ class InlineValidation(Observer):
             if scores is None:  # the run is told to stop, and makes up for this when it resumes
                 break
             row = _row(step, validation, scores, None)
-            accelerator.log(_curves(row), step=step)
+            self._reporter.send(_curves(row), step)
             if accelerator.is_main_process:
                 self._file.write(row)
                 say(describe(row, self._first_layer))

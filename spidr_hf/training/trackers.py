@@ -26,7 +26,8 @@ def start_trackers(
     mode: str | None = None,
     config: dict[str, Any] | None = None,
     step: int = 0,
-) -> None:
+    reached: int = 0,
+) -> range:
     """Begin the curves of a tracker, or continue those of a run that is resumed.
 
     Args:
@@ -36,20 +37,25 @@ def start_trackers(
         project, name, mode: for trackers that have such things; by default "spidr" and the folder's name.
         config: what they show as the run's configuration.
         step: where the run resumes. Of what an earlier start sent about later steps, TensorBoard shows nothing any
-            more; wandb keeps it, and passes over steps that it has.
+            more.
+        reached: the last step that the earlier start has a row of.
+
+    Returns the steps that are done again and that the tracker has and keeps (wandb, trackio): not to be sent twice.
     """
     if not accelerator.log_with or not accelerator.is_main_process:
-        return
+        return range(0)
     if tracker in ("auto", "tensorboard"):
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
-        return
+        return range(0)
     folder = Path(output_dir)
     name = name or folder.resolve().name
-    wandb = {"name": name, "dir": str(folder), "id": _tracker_id(folder), "resume": "allow"}
+    identifier, sent = _tracked_run(folder, reached)
+    wandb = {"name": name, "dir": str(folder), "id": identifier, "resume": "allow"}
     if mode is not None:
         wandb["mode"] = mode
     init = {"wandb": wandb, "trackio": {"name": name, "resume": "allow"}}
     accelerator.init_trackers(project or "spidr", config=config, init_kwargs=init)
+    return range(step + 1, sent + 1) if tracker in init else range(0)
 
 
 def check_tracker(tracker: str) -> None:
@@ -78,12 +84,15 @@ def end_trackers() -> None:
             wandb.teardown()
 
 
-def _tracker_id(folder: Path) -> str:
-    """A name for the run of this folder that no other run has."""
+def _tracked_run(folder: Path, reached: int) -> tuple[str, int]:
+    """A name for the run of this folder that no other run has, and the last step that any start of it has sent."""
     path = folder / ".tracker_id"
-    if not path.exists():
-        write_text(path, uuid.uuid4().hex[:12])
-    return path.read_text(encoding="utf-8")
+    identifier, sent = uuid.uuid4().hex[:12], 0
+    if path.exists():
+        identifier, *others = path.read_text(encoding="utf-8").split()
+        sent = max(reached, *map(int, others), 0)
+    write_text(path, f"{identifier} {sent}")
+    return identifier, sent
 
 
 __all__ = ["check_tracker", "end_trackers", "plan", "start_trackers"]

@@ -25,3 +25,21 @@ def test_no_step_is_there_twice(tmp_path):
     curves.Reload()
     points = [(event.step, event.value) for event in curves.Scalars("loss")]
     assert points == [(step, 1.0 if step <= 10 else 2.0) for step in range(1, 21)]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_what_keeps_its_steps_is_not_sent_them_twice(tmp_path, tracker, monkeypatch):
+    """Killed at 13, at 12 and at 11, each time resumed from 10: the second and third start do not know of 13."""
+    begun = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda *_, init_kwargs, **__: begun.append(init_kwargs[tracker]))
+    accelerator = Accelerator(cpu=True)
+    accelerator.log_with = [tracker]
+    sent = []
+    for start, stop, reached in ((0, 13, 0), (10, 12, 13), (10, 11, 12), (10, 20, 11)):
+        again = start_trackers(accelerator, tracker, tmp_path, step=start, reached=reached)
+        sent += [step for step in range(start + 1, stop + 1) if step not in again]
+    assert sent == list(range(1, 21))
+    assert begun[0].get("id") == begun[-1].get("id") and begun[0]["resume"] == "allow"
+    # A folder that another tracker, or none, was used in: all is new to this one.
+    (tmp_path / "new").mkdir()
+    assert not start_trackers(accelerator, tracker, tmp_path / "new", step=10, reached=13)
