@@ -10,6 +10,7 @@ from tiny import VARIANTS, tiny_config
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all
 from torch.nn.utils import parametrizations
+from transformers import TorchAoConfig
 
 from spidr_hf import (
     SpidrForAudioFrameClassification,
@@ -279,3 +280,25 @@ def test_dynamically_quantised(kind):
             assert (got - expected).norm() < 0.2 * expected.norm()
         else:
             assert (got == expected).float().mean() > 0.5
+
+
+@every_class
+@torch.no_grad()
+def test_quantised_while_it_is_loaded(kind, tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    make(SpidrForPretraining).save_pretrained(tmp_path / "pretrained")
+    torch.manual_seed(0)
+    kind.from_pretrained(tmp_path / "pretrained", **HEADS).save_pretrained(tmp_path / "model")
+    model, batch = kind.from_pretrained(tmp_path / "model").eval(), inputs(kind)
+    loaded = kind.from_pretrained(tmp_path / "model", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())).eval()
+    quantised = [
+        module for module in loaded.modules() if type(getattr(module, "weight", None)).__name__ == "Int8Tensor"
+    ]
+    assert len(quantised) > 4 * 4 - 1 and all(type(module) is nn.Linear for module in quantised)
+    got, expected = loaded(**batch)[0], model(**batch)[0]
+    if got.is_floating_point():
+        assert (got - expected).norm() < 0.2 * expected.norm()
+    else:
+        assert (got == expected).float().mean() > 0.5
