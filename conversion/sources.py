@@ -25,6 +25,7 @@ from tqdm import tqdm
 from spidr_hf.hub.card import published
 from spidr_hf.system.files import publish, unfinished
 from spidr_hf.system.messages import one_line, shown
+from spidr_hf.system.tables import known_table
 
 from .errors import ConversionError
 from .text_files import parse_table, read_table
@@ -157,11 +158,8 @@ def download(url: str, folder: Path | None = None) -> Path:
 
 def _tags(path: Path) -> dict[str, str]:
     """What the server called the file when it was fetched; nothing where that is lost."""
-    try:
-        stored = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return stored if isinstance(stored, dict) and all(isinstance(tag, str) for tag in stored.values()) else {}
+    stored = known_table(path)
+    return stored if all(isinstance(tag, str) for tag in stored.values()) else {}
 
 
 def _save(response: Any, path: Path, name: str) -> None:

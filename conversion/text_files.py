@@ -3,13 +3,11 @@
 Also tells the pointers that Git LFS leaves in place of large files, for every kind of file that is read here.
 """
 
-import json
-import math
 import os
-import tomllib
 from pathlib import Path
 from typing import Any
 
+from spidr_hf.system import tables
 from spidr_hf.system.messages import shown
 
 from .errors import ConversionError
@@ -62,27 +60,9 @@ def parse_table(data: bytes, what: str, kind: str = ".json") -> dict[str, Any]:
     if len(data) > _LARGEST[kind]:
         raise ConversionError(f"{what} is larger than {_LARGEST[kind] >> 20} MiB: no configuration is.")
     try:
-        text = data.decode("utf-8")
-        table = tomllib.loads(text, parse_float=_finite) if kind == ".toml" else _json(text)
-    except RecursionError:
-        raise ConversionError(f"{what} is nested too deeply to be one.") from None
+        return tables.parse_table(data, what, kind)
     except ValueError as error:
-        raise ConversionError(f"{what} is not valid {kind[1:].upper()}: {error}.") from None
-    if not isinstance(table, dict):
-        raise ConversionError(f"{what} must hold a table of fields, not {type(table).__name__}.")
-    return table
-
-
-def _json(text: str) -> Any:
-    return json.loads(text, parse_float=_finite, parse_constant=_finite)
-
-
-def _finite(text: str) -> float:
-    """Both formats have ways to write numbers that are not finite, which no field of a configuration can be."""
-    number = float(text.replace("_", ""))
-    if not math.isfinite(number):
-        raise ValueError(f"{shown(text, 40)} is no finite number")
-    return number
+        raise ConversionError(str(error)) from None
 
 
 __all__ = ["parse_table", "read_table", "refuse_lfs_pointer"]

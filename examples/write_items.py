@@ -9,9 +9,9 @@ model has no frame, are left out. For TextGrids or CTM give the speakers with --
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
     sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
@@ -21,6 +21,7 @@ from spidr_hf.configuration_spidr import frame_lengths
 from spidr_hf.data.alignments import SILENCES, read_alignments, write_items
 from spidr_hf.modeling_spidr import SpidrConfig
 from spidr_hf.system.commands import clear_errors, user_path
+from spidr_hf.system.tables import json_lines, text_lines
 
 
 def main() -> None:
@@ -35,21 +36,26 @@ def main() -> None:
         alignments = read_alignments(args.alignments, tier=args.tier)
         rows = {}
         if args.alignments.suffix == ".jsonl":
-            rows = {
-                row.get("id", row.get("file")): row for row in map(json.loads, args.alignments.open(encoding="utf-8"))
-            }
-        speakers = {fileid: str(row["speaker"]) for fileid, row in rows.items() if "speaker" in row}
+            rows = dict(row for _, row in json_lines(args.alignments, facts, '{"id": "...", "phones": [...], ...}'))
+        speakers = {fileid: speaker for fileid, (speaker, _) in rows.items() if speaker is not None}
         if args.speakers:
-            lines = args.speakers.read_text(encoding="utf-8").splitlines()
-            speakers = dict(line.split()[:2] for line in lines if len(line.split()) > 1)
+            lines = text_lines(args.speakers, lambda line: line.split(maxsplit=2)[:2], "fileid speaker")
+            speakers = dict(words for _, words in lines if len(words) == 2)
         # A token takes the frames whose middle it holds: the last may begin half a frame before the features end.
         ends = {
-            fileid: (frame_lengths(SpidrConfig(), int(row["num_samples"])) + 0.49) / 50
-            for fileid, row in rows.items()
-            if "num_samples" in row
+            fileid: (frame_lengths(SpidrConfig(), samples) + 0.49) / 50
+            for fileid, (_, samples) in rows.items()
+            if samples is not None
         }
         count = write_items(args.out, alignments, speakers, silences=args.silence, durations=ends)
         print(f"{args.out}: {count} triphones of {len(set(speakers.values()))} speakers")
+
+
+def facts(row: dict[str, Any]) -> tuple[str, tuple[str | None, int | None]]:
+    """File id, and speaker and number of samples where they are known."""
+    speaker, samples = row.get("speaker"), row.get("num_samples")
+    known = None if speaker is None else str(speaker), None if samples is None else int(samples)
+    return str(row["id"] if "id" in row else row["file"]), known
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Phone alignments as they come: Praat's TextGrid, CTM, one label per step; and the item files made of them."""
 
-import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..system.files import write_text
+from ..system.messages import shown
+from ..system.tables import column_lines, decoded, finite, interval, json_lines, text_lines
 
 Phones = Sequence[tuple[str, float, float]]
 
@@ -40,25 +42,32 @@ def read_textgrids(path: str | os.PathLike, tier: str | None = None) -> dict[str
 def read_textgrid(path: str | os.PathLike, tier: str | None = None) -> list[tuple[str, float, float]]:
     """Phones `(phone, start, end)` of one tier of a TextGrid, in Praat's long or short text format."""
     content = Path(path).read_bytes()
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        tiers = _textgrid_tiers(content.decode(encoding))
-    except (ValueError, IndexError, StopIteration) as error:
-        raise ValueError(f"{path} cannot be read as a TextGrid in Praat's text format.") from error
+        text = content.decode("utf-16") if content[:2] in (b"\xff\xfe", b"\xfe\xff") else decoded(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is no text, so no TextGrid ({error}).") from error
+    tokens = [token for token in _TEXTGRID_TOKEN.finditer(text) if token[0][0] not in "[!<"]
+    waiting = iter(tokens)
+    try:
+        tiers = _textgrid_tiers(token[0] for token in waiting)
+    except (ValueError, StopIteration) as error:
+        left = next(waiting, None)
+        end = len(text) if left is None else tokens[tokens.index(left) - 1].start()
+        raise ValueError(
+            f"{path}, line {text.count(chr(10), 0, end) + 1} cannot be read as a TextGrid in Praat's text format."
+        ) from error
     if tier is None:
         wanted = [name for name in tiers if name.lower() in _PHONE_TIERS or name.lower().endswith("phones")]
         wanted = wanted or list(tiers)
         if len(wanted) != 1:
-            raise ValueError(f"{path} has the tiers {', '.join(tiers) or '(none)'}: choose one with --tier.")
+            raise ValueError(f"{path} has the tiers {shown(', '.join(tiers)) or '(none)'}: choose one with --tier.")
         tier = wanted[0]
     if tier not in tiers:
-        raise ValueError(f"{path} has no interval tier {tier!r}, only {', '.join(tiers) or '(none)'}.")
+        raise ValueError(f"{path} has no interval tier {tier!r}, only {shown(', '.join(tiers)) or '(none)'}.")
     return [(label.strip() or SILENCE, start, end) for label, start, end in tiers[tier]]
 
 
-def _textgrid_tiers(text: str) -> dict[str, list[tuple[str, float, float]]]:
-    tokens = iter([t for t in _TEXTGRID_TOKEN.findall(text) if t[0] not in "[!<"])
-
+def _textgrid_tiers(tokens: Iterator[str]) -> dict[str, list[tuple[str, float, float]]]:
     def string() -> str:
         token = next(tokens)
         if token[0] != '"':
@@ -66,7 +75,7 @@ def _textgrid_tiers(text: str) -> dict[str, list[tuple[str, float, float]]]:
         return token[1:-1].replace('""', '"')
 
     def number() -> float:
-        return float(next(tokens))
+        return finite(next(tokens))
 
     if string() != "ooTextFile" or string() != "TextGrid":
         raise ValueError("header")
@@ -79,7 +88,7 @@ def _textgrid_tiers(text: str) -> dict[str, list[tuple[str, float, float]]]:
         if kind == "IntervalTier":
             intervals = []
             for _ in range(entries):
-                start, end = number(), number()
+                start, end = interval(number(), number())
                 intervals.append((string(), start, end))
             tiers[name] = intervals
         else:  # a tier of points
@@ -90,41 +99,32 @@ def _textgrid_tiers(text: str) -> dict[str, list[tuple[str, float, float]]]:
 
 def read_ctm(path: str | os.PathLike) -> dict[str, list[tuple[str, float, float]]]:
     """Phones by utterance of a CTM file (`utterance channel start duration phone`); gaps become silence."""
-    phones: dict[str, list[tuple[str, float, float]]] = {}
-    with Path(path).open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip() or line.startswith(";;"):
-                continue
-            fields = line.split()
-            try:
-                start, duration = float(fields[2]), float(fields[3])
-                phones.setdefault(fields[0], []).append((fields[4], start, start + duration))
-            except (IndexError, ValueError) as error:
-                raise ValueError(
-                    f"{path}, line {number} is not of the form 'utterance channel start duration phone'."
-                ) from error
-    return {fileid: _fill_gaps(sorted(entries, key=lambda e: e[1])) for fileid, entries in phones.items()}
+
+    def entry(line: str) -> tuple[str, str, float, float] | None:
+        if line.startswith(";;"):
+            return None
+        fileid, _, start, duration, phone, *_ = line.split()
+        return fileid, phone, *interval(start, finite(start) + finite(duration))
+
+    return _by_utterance(text_lines(path, entry, "'utterance channel start duration phone'"))
 
 
 def read_rows(path: str | os.PathLike) -> dict[str, list[tuple[str, float, float]]]:
     """Phones by utterance of a text file with the columns `#file onset offset #phone` (DiscoPhon's alignments)."""
-    columns = ("#file", "onset", "offset", "#phone")
+
+    def entry(fileid: str, onset: str, offset: str, phone: str) -> tuple[str, str, float, float]:
+        return fileid, phone, *interval(onset, offset)
+
+    return _by_utterance(column_lines(path, ("#file", "onset", "offset", "#phone"), entry))
+
+
+def _by_utterance(
+    entries: Iterable[tuple[int, tuple[str, str, float, float] | None]],
+) -> dict[str, list[tuple[str, float, float]]]:
     phones: dict[str, list[tuple[str, float, float]]] = {}
-    with Path(path).open(encoding="utf-8-sig") as lines:
-        header = next(lines, "").split()
-        if missing := [column for column in columns if column not in header]:
-            raise ValueError(
-                f"{path} has no column {missing[0]}. Alignments are JSON lines, TextGrids, .ctm, or text with "
-                f"the columns {' '.join(columns)}."
-            )
-        places = [header.index(column) for column in columns]
-        for number, line in enumerate(lines, start=2):
-            fields = line.split()
-            try:
-                fileid, onset, offset, phone = (fields[place] for place in places)
-                phones.setdefault(fileid, []).append((phone, float(onset), float(offset)))
-            except (IndexError, ValueError) as error:
-                raise ValueError(f"{path}, line {number} is not of the form {' '.join(columns)}.") from error
+    for _, entry in entries:
+        if entry is not None:
+            phones.setdefault(entry[0], []).append(entry[1:])
     return {fileid: _fill_gaps(sorted(entries, key=lambda e: e[1])) for fileid, entries in phones.items()}
 
 
@@ -206,23 +206,22 @@ def read_alignments(
 
 def _read_jsonl(path: Path, step: float) -> dict[str, list[tuple[str, float, float]]]:
     alignments: dict[str, list[tuple[str, float, float]]] = {}
-    with Path(path).open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                if row["phones"] and not isinstance(row["phones"][0], list):
-                    phones = phones_of_steps(row["phones"], step)
-                else:
-                    phones = [(str(phone), float(start), float(end)) for phone, start, end in row["phones"]]
-                fileid = row["id"] if "id" in row else row["file"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f'{path}, line {number} is not of the form {{"id": "...", "phones": [["AH", 0.0, 0.1], ...]}} '
-                    f"({error!r})."
-                ) from error
-            if fileid in alignments:
-                raise ValueError(f"{path}, line {number}: the id {fileid!r} was there before.")
-            alignments[fileid] = phones
+
+    def entry(row: dict[str, Any]) -> tuple[str, list[tuple[str, float, float]]]:
+        labels = row["phones"]
+        if not isinstance(labels, list):
+            raise TypeError("its phones are no list")
+        if labels and not isinstance(labels[0], list):
+            phones = phones_of_steps(labels, step)
+        else:
+            phones = [(str(phone), *interval(start, end)) for phone, start, end in labels]
+        return str(row["id"] if "id" in row else row["file"]), phones
+
+    form = '{"id": "...", "phones": [["AH", 0.0, 0.1], ...]}'
+    for number, (fileid, phones) in json_lines(path, entry, form):
+        if fileid in alignments:
+            raise ValueError(f"{path}, line {number}: the id {shown(fileid)!r} was there before.")
+        alignments[fileid] = phones
     return alignments
 
 

@@ -28,6 +28,7 @@ from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..system.errors import AudioError
 from ..system.processes import die_with_parent, kill_workers_at_exit
 from ..system.shared_memory import WorkerError, check_shared_memory, local_processes, no_room, shared_bytes
+from ..system.tables import json_lines
 from .audio import AudioFile
 from .batching import BatchKey, BucketSampler
 from .masking import masked_frames
@@ -314,11 +315,8 @@ class SkippedFiles:
         self._kinds: Counter[str] = Counter()  # of reasons, without the names of files
         self._examples: dict[str, str] = {}
         if self.path is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    self._listed.add(json.loads(line)["file"])
-                except (ValueError, KeyError):
-                    continue  # a line that was cut off when the run was killed
+            # A line may have been cut off when the run was killed.
+            self._listed = {name for _, name in json_lines(self.path, lambda row: str(row["file"]))}
 
     def add(self, skipped: Sequence[Skipped], tried: int) -> None:
         """Count utterances and list those skipped for the first time.

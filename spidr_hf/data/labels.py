@@ -1,13 +1,13 @@
 """What utterances are labelled with (texts, phones, speakers): from files beside the audio, or the data set itself."""
 
-import csv
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..system.messages import shown
+from ..system.tables import csv_rows, json_lines
 from .alignments import SILENCES, Phones, read_alignments
 from .datasets_source import DatasetSource
 from .sources import AudioSource
@@ -60,23 +60,19 @@ def read_table(path: str | Path) -> dict[str, dict[str, Any]]:
             f"{path}: {what} of labels. Labels are .jsonl, .csv or .tsv with a column fileid (or id) and one for the "
             "labels, or columns of a manifest or data set."
         )
-    rows: dict[str, dict[str, Any]] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix.lower() in (".csv", ".tsv"):
-            lines: Any = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        else:
-            lines = (line for line in file if line.strip())
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = line if isinstance(line, dict) else json.loads(line)
-                key = next(str(row[name]) for name in _ID_COLUMNS if row.get(name))
-            except (ValueError, TypeError, AttributeError, StopIteration) as error:
-                raise ValueError(
-                    f"{path}, entry {number}: has no file id; expected a column fileid, id or file."
-                ) from error
-            if key in rows:
-                raise ValueError(f"{path}, entry {number}: the file id {key!r} was there before.")
-            rows[key] = row
+    kind, rows = path.suffix.lower(), dict[str, dict[str, Any]]()
+    entries: Iterable[tuple[int, dict[str, Any]]]
+    if kind in (".csv", ".tsv"):
+        entries = csv_rows(path, "\t" if kind == ".tsv" else ",", _ID_COLUMNS)
+    else:
+        entries = json_lines(path, dict, '{"id": "...", ...}')
+    for number, row in entries:
+        key = next((str(row[name]) for name in _ID_COLUMNS if row.get(name) not in (None, "")), None)
+        if key is None:
+            raise ValueError(f"{path}, line {number}: has no file id; expected a column fileid, id or file.")
+        if key in rows:
+            raise ValueError(f"{path}, line {number}: the file id {shown(key)!r} was there before.")
+        rows[key] = row
     return rows
 
 

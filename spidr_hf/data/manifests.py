@@ -17,17 +17,25 @@ from typing import IO, Any, BinaryIO, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 from tqdm import tqdm
 
 from ..system.errors import AudioError, ManifestError
 from ..system.files import replaced_file
-from ..system.messages import shown
+from ..system.messages import one_line, shown
 from .audio import AudioFile, Member, Source, audio_suffixes, read_audio, read_info, read_window, unreadable_suffixes
 from .containers import FileWindow, tar_members
-from .manifest_files import SCHEMA, read_csv, read_jsonl, read_parquet, read_tsv, rows_of, write_csv, write_jsonl
+from .manifest_files import (
+    SCHEMA,
+    explain,
+    read_csv,
+    read_jsonl,
+    read_parquet,
+    read_tsv,
+    rows_of,
+    write_csv,
+    write_jsonl,
+)
 from .sources import Skipped
 
 _TAR_COLUMNS = ("archive", "byte_offset", "byte_size")
@@ -278,9 +286,21 @@ def read_manifest(path: str | Path, *, resample: bool = False) -> Manifest:
         )
     try:
         table, root = readers[path.suffix.lower()](path)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError) as error:
-        raise ManifestError(f"{path}: cannot be read as a manifest ({str(error).strip()}).") from error
-    return Manifest(table, root, resample=resample, name=str(path))
+        return Manifest(table, root, resample=resample, name=str(path))
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read as a manifest ({one_line(error)}).") from error
+    except (ValueError, pa.ArrowException) as error:
+        raise _explained(path, error) from error
+
+
+def _explained(path: Path, error: Exception) -> ManifestError:
+    """What is wrong with a manifest file: the line, where it is one."""
+    try:
+        explain(path)
+    except ValueError as found:
+        error = found
+    known = isinstance(error, ValueError) and str(error).startswith(str(path))
+    return ManifestError(one_line(error) if known else f"{path}: cannot be read as a manifest ({one_line(error)}).")
 
 
 def scan_folder(

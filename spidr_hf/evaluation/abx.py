@@ -14,7 +14,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from ..system.tables import column_lines, interval
 
 FREQUENCY = 50  # frames per second
 _COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
@@ -51,24 +53,21 @@ def read_items(path: str | os.PathLike, frequency: int = FREQUENCY) -> list[Toke
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such item file (`examples/write_items.py` makes one from alignments).")
-    with path.open(encoding="utf-8") as lines:
-        header = next(lines, "").split()
-        if missing := [column for column in _COLUMNS if column not in header]:
-            raise ValueError(f"{path} has no column {missing[0]}: the first line names {' '.join(_COLUMNS)}.")
-        places = [header.index(column) for column in _COLUMNS]
-        tokens = []
-        for number, line in enumerate(lines, start=2):
-            fields = line.split()
-            try:
-                fileid, onset, offset, phone, before, after, speaker = (fields[place] for place in places)
-                # Exact: 0.25 s times 50 less a half is 12, in binary it may be a little more.
-                start = math.ceil(Decimal(onset) * frequency - Decimal("0.5"))
-                end = math.floor(Decimal(offset) * frequency - Decimal("0.5")) + 1
-            except (IndexError, InvalidOperation) as error:
-                raise ValueError(f"{path}, line {number} is not of the form {' '.join(_COLUMNS)}.") from error
-            if end <= start or start < 0:
-                raise ValueError(f"{path}, line {number}: from {onset} to {offset} s there is no frame. Leave it out.")
-            tokens.append(Token(fileid, start, end, phone, (before, after), speaker))
+
+    def token(
+        fileid: str, onset: str, offset: str, phone: str, before: str, after: str, speaker: str
+    ) -> tuple[Token, str]:
+        interval(onset, offset)
+        # Exact: 0.25 s times 50 less a half is 12, in binary it may be a little more.
+        start = math.ceil(Decimal(onset) * frequency - Decimal("0.5"))
+        end = math.floor(Decimal(offset) * frequency - Decimal("0.5")) + 1
+        return Token(fileid, start, end, phone, (before, after), speaker), f"from {onset} to {offset} s"
+
+    tokens = []
+    for number, (item, stretch) in column_lines(path, _COLUMNS, token):
+        if item.end <= item.start:
+            raise ValueError(f"{path}, line {number}: {stretch} there is no frame. Leave it out.")
+        tokens.append(item)
     if not tokens:
         raise ValueError(f"{path} holds no items.")
     return tokens

@@ -1,7 +1,6 @@
 """Models by name or folder, with an error of one line for what is none."""
 
 import os
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from ..cpu_spidr import has_fast_bfloat16
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..modeling_spidr import SpidrConfig, SpidrPreTrainedModel
+from ..system.tables import read_table
 from .published import model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,7 +91,7 @@ def load_feature_extractor(place: str, *, revision: str | None = None) -> SpidrF
     folder = Path(place)
     if (folder / "trainer_state.json").exists() and not (folder / "preprocessor_config.json").exists():
         run = folder.resolve().parent.parent / "config.toml"
-        data = tomllib.loads(run.read_text(encoding="utf-8")).get("data", {}) if run.exists() else {}
+        data = read_table(run).get("data", {}) if run.exists() else {}
         return SpidrFeatureExtractor(do_normalize=data.get("normalize", True))
     return SpidrFeatureExtractor.from_pretrained(place, revision=revision)
 

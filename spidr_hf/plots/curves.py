@@ -182,12 +182,12 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     that is not whole (the run may be writing it)."""
     rows = []
     if os.path.exists(path):
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in Path(path).read_bytes().split(b"\n"):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if row.get("loss") is not None:
+            if isinstance(row, dict) and row.get("loss") is not None:
                 rows.append(row)
     return rows
 

@@ -7,9 +7,7 @@ accepted as it is; fields that mean nothing here are named in `PretrainingConfig
 `SpidrConfig` (`spidr_fields` has the table of names).
 """
 
-import json
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -39,6 +37,7 @@ from ..system.fields import (
     section_dict,
     toml_value,
 )
+from ..system.tables import parse_table
 from ..training.schedules import OptimizerSection
 
 
@@ -212,13 +211,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainingC
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        sections = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        sections = parse_table(path.read_bytes(), str(path), ".json" if path.suffix == ".json" else ".toml")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: is not valid {'JSON' if path.suffix == '.json' else 'TOML'} ({error}).") from error
-    if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
+        raise ConfigError(str(error)) from error
+    if not all(isinstance(section, dict) for section in sections.values()):
         raise ConfigError(f"{path}: expected the sections {', '.join(_known_sections())}.")
     for section, name, value in parse_overrides(overrides):
         target = sections.setdefault(section[0], {})

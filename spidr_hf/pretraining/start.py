@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import sys
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError
 from ..system.files import write_text
 from ..system.processes import RunLock, lock
+from ..system.tables import read_table
 from ..training.checkpoints import MODEL_FILE, Checkpoint, Checkpoints, TrainerState, agree, begins_anew, set_aside
 from ..training.folder_settings import CHANGED, setting_changes
 from ..training.metrics import read_rows
@@ -208,7 +208,7 @@ def config_changes(output_dir: Path, config: PretrainingConfig, checkpoint: Chec
     path = output_dir / "config.toml"
     if checkpoint is None or not path.exists():
         return []
-    before = make_config(tomllib.loads(path.read_text(encoding="utf-8"))).to_dict()
+    before = make_config(read_table(path)).to_dict()
     advice = "Choose another --output-dir; its checkpoint can be that run's `run.init_ckpt`."
     return setting_changes(output_dir, before, config.to_dict(), fixed=("model", "run.model_type"), advice=advice)
 

@@ -28,6 +28,7 @@ from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError
 from ..system.files import write_text
 from ..system.processes import gather_all, lock
+from ..system.tables import json_lines, known_table
 from ..training.checkpoints import MODEL_FILE, STATE_FILE, Checkpoints
 from ..training.metrics import curves
 from ..training.observers import Observer
@@ -60,17 +61,11 @@ class ValidationFile:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, by step and name. A line that was cut off when its process was killed is passed over."""
-        rows = {}
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            keyed = json_lines(self.path, lambda row: ((int(row["step"]), str(row["name"])), row))
+            rows = dict(entry for _, entry in keyed)
         except FileNotFoundError:
             return []
-        for line in lines:
-            try:
-                row = json.loads(line)
-                rows[row["step"], row["name"]] = row
-            except (ValueError, TypeError, KeyError):
-                continue
         return [rows[key] for key in sorted(rows)]
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -305,8 +300,9 @@ class RunFollower:
         step = min(values, key=lambda step: (sign * values[step], step))
         choice = {"select": f"{validation.name}/{score}", "data": validation.fingerprint}
         path = self.run_dir / BEST_NAME / CHOICE_NAME
-        kept = _read_json(path)
-        if kept | choice == kept and sign * kept["value"] <= sign * values[step]:
+        kept = known_table(path)
+        value = kept.get("value")
+        if kept | choice == kept and isinstance(value, float) and sign * value <= sign * values[step]:
             return
         try:
             self._load(folders[step])
@@ -456,17 +452,9 @@ def _curves(row: Mapping[str, Any]) -> dict[str, float]:
 def _checksum(folder: Path) -> str | None:
     """Checksum of a checkpoint's weights, as it was written with them."""
     try:
-        return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["files"][MODEL_FILE]
+        return json.loads((folder / STATE_FILE).read_bytes())["files"][MODEL_FILE]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) and isinstance(content.get("value"), float) else {}
 
 
 def _start_tracker(config: PretrainingConfig, run_dir: Path) -> GeneralTracker | None:

@@ -9,6 +9,7 @@ from ..system.errors import RunFolderError
 from ..system.fields import differences
 from ..system.files import write_text
 from ..system.messages import one_line, shown
+from ..system.tables import read_table
 
 CHANGED = "Changed since this run began: "
 
@@ -30,7 +31,7 @@ def keep_settings(
     """
     now, notes = json.loads(json.dumps(dict(settings))), []
     if resuming and path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_table(path)
         before = {name: before.get(name) for name in now}
         notes = [CHANGED + change for change in setting_changes(path.parent, before, now, fixed=fixed)]
     write_text(path, json.dumps(now, indent=2) + "\n")

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..system.errors import RunFolderError
 from ..system.files import naming, sync_open, write_bytes
+from ..system.tables import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _rows(content: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
     for line in content.splitlines(keepends=True):
         whole = line[max(0, line.rfind(b'{"step"')) :]
         try:
-            row = json.loads(whole)
+            row = parse_json(whole)
             if whole.endswith(b"\n") and isinstance(row["step"], int):
                 yield row, whole
         except (ValueError, KeyError, TypeError):

@@ -24,6 +24,7 @@ from ..data.sources import AudioSource, Skipped
 from ..system.errors import RunFolderError
 from ..system.files import write_text
 from ..system.processes import RunLock
+from ..system.tables import json_lines
 from .extractor import Extractor, Throughput, extract, plan_batches
 from .stores import LENGTHS_FILE, OtherLength, Store
 
@@ -186,14 +187,9 @@ def _read_journals(paths: Sequence[Path]) -> _Journals:
     skipped: dict[str, Skipped] = {}
     not_finite: dict[str, Skipped] = {}
     for path in paths:
-        with path.open("rb") as lines:
-            for line in lines:
-                if b'"skipped"' not in line and b'"seconds"' not in line:
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError:  # cut off when a run was killed
-                    continue
+        with path.open("rb") as file:
+            lines = (line for line in file if b'"skipped"' in line or b'"seconds"' in line)
+            for _, row in json_lines(path, dict, lines=lines):  # one may have been cut off when a run was killed
                 if "skipped" in row:
                     skipped[row["file"]] = Skipped(row["file"], row["skipped"])
                     not_finite.pop(row["file"], None)

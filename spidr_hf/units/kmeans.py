@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..system.errors import NonFiniteError
 from ..system.files import replaced_file
+from ..system.messages import one_line, shown
+from ..system.tables import parse_table
 
 _FORMAT = "spidr_hf k-means"
 # What `extract_features.py` says beside the features about how they were made.
@@ -74,9 +76,10 @@ def load_kmeans(path: str | os.PathLike) -> KMeans:
             centroids = file.get_tensor("centroids")
             if not torch.isfinite(centroids).all():
                 raise NonFiniteError(f"{path} has centroids that are NaN or infinite: train the k-means again.")
-            return KMeans(centroids, json.loads(metadata["provenance"]))
+            made_from = parse_table(metadata.get("provenance", "{}").encode(), f"The provenance in {shown(path)}")
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file ({error}).") from error
+        raise ValueError(f"{shown(path)} cannot be read as a safetensors file ({one_line(error)}).") from error
+    return KMeans(centroids, made_from)
 
 
 def load_features(path: Path) -> Tensor:

@@ -3,8 +3,6 @@
 Units are text to everything from here on, numbers between spaces, and a tokenizer of transformers takes them apart.
 """
 
-import csv
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +26,8 @@ from transformers import (
 )
 
 from ..data.batches import padded
+from ..system.messages import shown
+from ..system.tables import csv_columns, csv_rows, known_table
 from .unit_files import deduplicate
 
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
@@ -254,9 +254,7 @@ def read_pairs(
         units: Units by file id, where the columns hold file ids instead of units.
         group: Column by which accuracy is also wanted.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns, rows = reader.fieldnames or [], list(reader)
+    columns, rows = csv_columns(path), csv_rows(path)
     if group is not None and group not in columns:
         raise ValueError(f"{path} has no column {group}, only {', '.join(columns)}.")
 
@@ -266,26 +264,26 @@ def read_pairs(
                 return units_to_text(text_to_units(value))
             except ValueError as error:
                 raise ValueError(
-                    f"{path}, line {number}: {value[:40]!r} are no units (numbers between spaces). If they are files, "
-                    "give their units, too."
+                    f"{path}, line {number}: {shown(value, 40)!r} are no units (numbers between spaces). If they are "
+                    "files, give their units, too."
                 ) from error
         for name in (value, Path(value).stem, os.path.splitext(value)[0]):
             if name in units:
                 return units_to_text(units[name])
-        raise ValueError(f"{path}, line {number}: there are no units of {value!r}.")
+        raise ValueError(f"{path}, line {number}: there are no units of {shown(value)!r}.")
 
     pairs: list[Pair] = []
     if {"positive", "negative"} <= set(columns):
-        for number, row in enumerate(rows, start=2):
-            positive, negative = (sequence(row[side] or "", number) for side in ("positive", "negative"))
+        for number, row in rows:
+            positive, negative = (sequence(row[side], number) for side in ("positive", "negative"))
             pairs.append(Pair(positive, negative, name=str(number), group=row[group] if group else ""))
     elif {"id", "filename", "correct"} <= set(columns):
         members: dict[tuple[str, str], dict[bool, list[tuple[int, dict]]]] = defaultdict(lambda: defaultdict(list))
-        for number, row in enumerate(rows, start=2):
+        for number, row in rows:
             members[row["id"], row.get("voice") or ""][row["correct"].strip() == "1"].append((number, row))
         for (name, _), sides in members.items():
             if not (sides[True] and sides[False]):
-                raise ValueError(f"{path}: {name!r} has no pair of a correct and an incorrect sequence.")
+                raise ValueError(f"{path}: {shown(name)!r} has no pair of a correct and an incorrect sequence.")
             for right_number, right in sides[True]:
                 for wrong_number, wrong in sides[False]:
                     positive = sequence(right["filename"], right_number)
@@ -293,8 +291,8 @@ def read_pairs(
                     pairs.append(Pair(positive, negative, name=name, group=right[group] if group else ""))
     else:
         raise ValueError(
-            f"{path} has the columns {', '.join(columns) or '(none)'}; expected positive and negative, or id, filename "
-            "and correct."
+            f"{path} has the columns {shown(', '.join(columns)) or '(none)'}; expected positive and negative, or id, "
+            "filename and correct."
         )
     if not pairs:
         raise ValueError(f"{path} holds no pairs.")
@@ -331,10 +329,7 @@ def score_pairs(
 
 def collapses(folder: str | os.PathLike) -> bool:
     """Whether the language model of a folder was trained on units without repeats."""
-    try:
-        return bool(json.loads(Path(folder, "unit_lm.json").read_text(encoding="utf-8"))["deduplicated"])
-    except (OSError, ValueError, KeyError):
-        return False
+    return known_table(Path(folder, "unit_lm.json")).get("deduplicated") is True
 
 
 __all__ = [

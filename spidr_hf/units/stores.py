@@ -22,8 +22,9 @@ from .. import __version__
 from ..data.sources import AudioSource
 from ..system.files import replaced_file, write_text
 from ..system.messages import shown
+from ..system.tables import json_lines, parse_json, read_table
 from .extractor import Extractor
-from .unit_files import FILE_KEYS, UNIT_SUFFIXES, UnitRows, provenance_path, unit_rows, write_units
+from .unit_files import FILE_KEYS, UNIT_SUFFIXES, UnitRows, provenance_path, unit_rows, units_of_row, write_units
 
 LAYOUTS = ("plain", "discophon", "fastabx")
 # What a result depends on; anything else in a sidecar may differ between a file and the run that resumes with it.
@@ -177,16 +178,14 @@ class Store(ABC):
         said = dict(zip(self.fileids, map(int, source.num_samples), strict=True))
         found: dict[str, OtherLength] = {}
         for path in (self.root / LENGTHS_FILE, *sorted(self.journal_folder.glob("*.jsonl"))):
-            for line in path.open("rb") if path.exists() else ():
-                if b'"there"' not in line:
-                    continue
-                try:
-                    row = json.loads(line)
-                    entry = OtherLength(row["file"], int(row["said"]), int(row["there"]))
-                except (ValueError, KeyError, TypeError):  # cut off when the run was killed, or no such row
-                    continue
-                if said.get(entry.file) == entry.said:  # else the data says something else by now
-                    found[entry.file] = entry
+            if not path.exists():
+                continue
+            with path.open("rb") as file:
+                lines = (line for line in file if b'"there"' in line)
+                # Lines that are no such rows were cut off when the run was killed.
+                for _, entry in json_lines(path, lambda row: OtherLength(**row), lines=lines):
+                    if said.get(entry.file) == entry.said:  # else the data says something else by now
+                        found[entry.file] = entry
         return [found[fileid] for fileid in self.fileids if fileid in found]
 
     @abstractmethod
@@ -258,10 +257,7 @@ class UnitStore(Store):
 
     def _check_form(self, path: Path) -> None:
         """Raises `ValueError` where the same units are there in another form of lines, which would be replaced."""
-        try:
-            row = json.loads(next(unit_rows(path), b"{}"))
-        except ValueError:
-            row = {}
+        _, row = next(json_lines(path, dict, lines=unit_rows(path)), (0, {}))
         if "units" in row and self.layout.file_key not in row:
             found = next((key for key in FILE_KEYS if key in row), None)
             form = f"in which the utterance is called {found!r}, not {self.layout.file_key!r}"
@@ -419,13 +415,12 @@ class FeatureStore(Store):
 def _units_of(line: bytes, layers: Sequence[int]) -> tuple[str | None, dict[int, np.ndarray]]:
     """Name and units by layer in a line of a journal or (of the one layer) a units file; nothing in other lines."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         if "layers" in row:
             found = {layer: row["layers"].get(str(layer)) for layer in layers}
             return row["file"], {layer: np.array(x, dtype=np.int64) for layer, x in found.items() if x is not None}
         name = next(row[key] for key in FILE_KEYS if key in row and "units" in row)
-        units = np.array(row["units"], dtype=np.int64)
-        return name, {layers[0]: np.repeat(units, row["durations"]) if "durations" in row else units}
+        return name, {layers[0]: units_of_row(row)}
     except (ValueError, KeyError, StopIteration):  # the last line of a killed run may be cut off
         return None, {}
 
@@ -445,7 +440,7 @@ def _fingerprint(provenance: Mapping[str, Any]) -> str:
 def _check_same(sidecar: Path, provenance: Mapping[str, Any], what: Path) -> None:
     """Raises `ValueError` unless what lies there was made as `provenance` says."""
     try:
-        there, here = _identity(json.loads(sidecar.read_text(encoding="utf-8"))), _identity(provenance)
+        there, here = _identity(read_table(sidecar)), _identity(provenance)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{what} is there, but not how it was made ({sidecar.name}): give another OUT_DIR, or --overwrite to "

@@ -21,12 +21,14 @@ from transformers import PreTrainedModel, SequenceFeatureExtractor
 
 from .. import __version__
 from ..system.files import replaced_file, write_text
-from ..system.messages import one_line
+from ..system.messages import one_line, shown
+from ..system.tables import json_lines, known_table
 from .extractor import Extractor, unit_layers, unit_outputs
 
 # What the utterance is called in unit files: DiscoPhon's name, fastabx's default, and a common third.
 FILE_KEYS = ("file", "audio", "name")
 UNIT_SUFFIXES = (".jsonl", ".parquet")
+_LONGEST = 100_000_000  # frames: three weeks
 _ROWS = 1000  # utterances in a row group of a Parquet file
 
 
@@ -181,6 +183,25 @@ def unit_rows(path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path} cannot be read as units ({one_line(error)}).") from error
 
 
+def units_of_row(row: Mapping[str, Any]) -> np.ndarray:
+    """The units of a row, one per frame: repeats are put back. Raises what taking a row to pieces raises."""
+    units = _integers(row["units"], least=0)
+    if "durations" not in row:
+        return units
+    durations = _integers(row["durations"], least=1)
+    if durations.sum(dtype=np.float64) > _LONGEST:
+        raise ValueError(f"its durations are those of more than {_LONGEST} frames")
+    return np.repeat(units, durations)
+
+
+def _integers(values: Any, least: int) -> np.ndarray:
+    numbers = np.array(values) if values else np.zeros(0, dtype=np.int64)
+    whole = isinstance(values, list) and numbers.ndim == 1 and numbers.dtype == np.int64
+    if not whole or numbers.min(initial=least) < least:
+        raise TypeError(f"{shown(values, 60)} is no list of integers of at least {least}")
+    return numbers
+
+
 class UnitRows:
     """The lines of a units file in any order: at byte offsets, of a Parquet file at the rows' numbers."""
 
@@ -222,19 +243,14 @@ def read_units(path: str | os.PathLike) -> dict[str, np.ndarray]:
     the file has `durations`, repeats are put back.
     """
     units: dict[str, np.ndarray] = {}
-    for number, line in enumerate(unit_rows(Path(path)), start=1):
-        try:
-            row = json.loads(line)
-            fileid = str(row[next((key for key in FILE_KEYS if key in row), "file")])
-            values = np.array(row["units"], dtype=np.int64)
-            if "durations" in row:
-                values = np.repeat(values, row["durations"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f'{path}, line {number} is not of the form {{"file": "...", "units": [1, 2, ...]}} ({error!r}).'
-            ) from error
+
+    def entry(row: dict[str, Any]) -> tuple[str, np.ndarray]:
+        return str(row[next((key for key in FILE_KEYS if key in row), "file")]), units_of_row(row)
+
+    path, form = Path(path), '{"file": "...", "units": [1, 2, ...]}'
+    for number, (fileid, values) in json_lines(path, entry, form, unit_rows(path)):
         if fileid in units:
-            raise ValueError(f"{path}, line {number}: the file id {fileid!r} was there before.")
+            raise ValueError(f"{path}, line {number}: the file id {shown(fileid)!r} was there before.")
         units[fileid] = values
     return units
 
@@ -259,10 +275,8 @@ def unit_files(path: Path) -> dict[int | None, Path]:
 
 def known_units(path: Path) -> int | None:
     """How many units there can be, by the provenance beside a units file."""
-    try:
-        return json.loads(provenance_path(path).read_text(encoding="utf-8")).get("num_units")
-    except (OSError, ValueError):
-        return None
+    number = known_table(provenance_path(path)).get("num_units")
+    return number if isinstance(number, int) else None
 
 
 __all__ = [
@@ -277,5 +291,6 @@ __all__ = [
     "read_units",
     "unit_files",
     "unit_rows",
+    "units_of_row",
     "write_units",
 ]

@@ -104,7 +104,7 @@ def test_textgrids_that_cannot_be_read(tmp_path):
         read_textgrid(path, "points")
     for broken in (LONG[:300], "text", LONG.replace("0.25", '"x"')):
         path.write_text(broken)
-        with pytest.raises(ValueError, match=r"a.TextGrid cannot be read as a TextGrid"):
+        with pytest.raises(ValueError, match=r"a.TextGrid, line \d+ cannot be read as a TextGrid"):
             read_textgrid(path)
     with pytest.raises(ValueError, match="no TextGrid files"):
         read_alignments(tmp_path.joinpath("empty").mkdir() or tmp_path / "empty")

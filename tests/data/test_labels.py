@@ -32,9 +32,9 @@ def test_tables(tmp_path, name, content):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("labels.csv", "speaker\n1\n", "entry 1: has no file id"),
-        ("labels.jsonl", "no json\n", "entry 1: has no file id"),
-        ("labels.jsonl", "[1]\n", "entry 1: has no file id"),
+        ("labels.csv", "speaker\n1\n", "line 2: has no file id"),
+        ("labels.jsonl", "no json\n", "line 1 is not of the form"),
+        ("labels.jsonl", "[1]\n", r"line 1 is not of the form.*\[1\] is no object"),
         ("labels.csv", "id,speaker\na,1\na,2\n", "'a' was there before"),
         ("labels.wav", "", "no table of labels"),
         (None, "", "no such file of labels"),

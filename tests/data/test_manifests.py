@@ -117,32 +117,73 @@ def test_fileids_are_paths_below_the_root(tmp_path, paths, fileids):
         ("m.csv", "fileid,path\na,a.wav\n", "no column num_samples"),
         ("m.csv", "fileid,num_samples\na,7\n", "no column path"),
         ("m.csv", "a.wav,7\n", "no column path, num_samples"),
-        ("m.csv", "", "cannot be read as a manifest"),
+        ("m.csv", "", r"line 1: has no column path, num_samples, only \(none\)"),
         ("m.csv", "fileid,path,num_samples\n", "holds no utterances"),
-        ("m.csv", "fileid,path,num_samples\na,a.wav,many\n", "cannot be read as a manifest.*many"),
-        ("m.csv", "fileid,path,num_samples\na,a.wav,\n", "utterance 1 has no num_samples"),
-        ("m.csv", "fileid,path,num_samples\na,a.wav,5\nb,,5\n", "utterance 2 has no path"),
-        ("m.csv", "fileid,path,num_samples\na,a.wav,-5\n", "utterance 1 has a negative num_samples"),
+        ("m.csv", "fileid,path,num_samples\na,a.wav,many\n", "line 2: its num_samples is many"),
+        ("m.csv", "fileid,path,num_samples\na,a.wav,\n", "line 2: has no num_samples"),
+        ("m.csv", "fileid,path,num_samples\na,a.wav,5\nb,,5\n", "line 3: has no path"),
+        ("m.csv", "fileid,path,num_samples\na,a.wav,-5\n", "line 2: its num_samples is -5"),
         ("m.csv", "fileid,path,num_samples\na,a.wav,5\na,b.wav,5\n", "fileid 'a' stands for 2 utterances"),
         ("m.csv", "path,num_samples\na.wav,5\na.flac,5\n", "fileid 'a' stands for 2 utterances"),
-        ("m.csv", "fileid,path,num_samples,archive\na,a.wav,5,x.tar\n", "no column byte_offset, byte_size"),
+        ("m.csv", "fileid,path,num_samples,archive\na,a.wav,5,x.tar\n", "line 2: has no byte_offset"),
         (
             "m.csv",
             "fileid,path,num_samples,archive,byte_offset,byte_size\na,a.wav,5,x.tar,,7\n",
-            "utterance 1 lies in an archive and has no byte_offset",
+            "line 2: has no byte_offset",
         ),
-        ("m.jsonl", '{"fileid": "a", "path": "a.wav"}\n', "no column num_samples"),
-        ("m.jsonl", '{"fileid": "a", "path": \n', "cannot be read as a manifest"),
-        ("m.jsonl", '{"fileid": 7, "path": "a.wav", "num_samples": 5}\n', "cannot be read as a manifest"),
+        ("m.jsonl", '{"fileid": "a", "path": "a.wav"}\n', "line 1.*has no num_samples"),
+        ("m.jsonl", '{"fileid": "a", "path": \n', r"line 1 is not of the form.*Expecting value at character"),
+        ("m.jsonl", '{"fileid": [7], "path": "a.wav", "num_samples": 5}\n', r"line 1.*its fileid is \[7\]"),
+        ("m.jsonl", "null\n", "line 1.*None is no object"),
+        ("m.jsonl", '\n{"path": "a.wav", "num_samples": 1e400}\n', "line 2.*1e400 is no finite number"),
+        ("m.jsonl", '{"path": "a.wav", "num_samples": true}\n', "line 1.*its num_samples is True"),
+        ("m.jsonl", '{"path": "\\ud800", "num_samples": 5}\n', "line 1.*half a character"),
+        ("m.jsonl", "[" * 100_000, "line 1.*nested too deeply"),
+        ("m.csv", "ID,Audio,Path\n1,a.wav,5\n", "line 1: has no column num_samples, only ID, Audio, path"),
+        ("m.csv", "path;samples\na.wav;5\n", "line 1: has no column num_samples, only path, samples"),
+        ("m.csv", "path,Path,num_samples\na,b,5\n", "line 1: the column 'path' is there more than once"),
+        ("m.csv", "fileid,path,num_samples\n\na,a.wav,5\nb,b.wav\n", "line 4 has 2 cells, the first line 3 columns"),
+        ("m.csv", "fileid,path,num_samples\na,a.wav,5\n,b.wav,5\n", "line 3: has no fileid, unlike those before it"),
+        ("m.csv", "path,num_samples\n\n\na.wav,5.0\n", "line 4: its num_samples is 5.0; expected a whole number"),
+        ("m.csv", "path,num_samples\na.wav,99999999999999999999\n", "line 2: its num_samples is 9999"),
+        ("m.csv", "path,num_samples\na.wav,NA\n", "line 2: its num_samples is NA"),
+        ("m.csv", b"path,num_samples\n\xe9.wav,5\n", "is no UTF-8 text"),
+        ("m.csv", "path,num_samples\na.wav,5\n".encode("utf-16"), "is no UTF-8 text"),
+        ("m.tsv", "/data\na.wav,5\n", "line 2: 'a.wav,5', with 0 tabs behind it"),
+        ("m.tsv", "/data\na.wav\t5\nb.wav\tx\n", "line 3: its num_samples is x"),
+        ("m.tsv", "", "line 1: is empty; the first line of a fairseq TSV is the folder"),
         ("m.tsv", "a.wav\t5\n", "the first line of a fairseq TSV is the folder"),
         ("m.xlsx", "", "unknown kind of data"),
         ("m.tar.gz", "", "unknown kind of data"),
     ],
 )
 def test_bad_manifests_say_what_is_wrong(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ManifestError, match=message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ManifestError, match=message) as raised:
         open_manifest(tmp_path / name)
+    assert str(raised.value).startswith(str(tmp_path / name)) and str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("m.csv", "fileid,path,num_samples\r\n001,a b.wav,5\r\n"),
+        ("m.csv", "\ufeffFileID, Path ,NUM_SAMPLES, note\n001,a b.wav,5,\n\n"),
+        ("m.csv", "fileid;path;num_samples\n001;a b.wav;5\n"),
+        ("m.csv", "fileid\tpath\tnum_samples\n001\ta b.wav\t5\n"),
+        ("m.csv", '"path","fileid","num_samples"\n"a b.wav","001","5"\n'),
+        ("m.tsv", "fileid\tpath\tnum_samples\n001\ta b.wav\t5\n"),
+        ("m.jsonl", '\ufeff\n{"fileid": "001", "path": "a b.wav", "num_samples": 5, "note": null}\r\n\n'),
+    ],
+)
+def test_manifests_as_people_have_them(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode())
+    assert read_manifest(tmp_path / name).table.to_pylist() == [{"fileid": "001", "path": "a b.wav", "num_samples": 5}]
+
+
+def test_numbers_are_names_too(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"fileid": 7, "path": "a.wav", "num_samples": 5}\n')
+    assert read_manifest(tmp_path / "m.jsonl").fileid(0) == "7"
 
 
 def test_bad_folders_and_tars_say_what_is_wrong(tmp_path):
