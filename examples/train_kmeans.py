@@ -7,15 +7,19 @@
 
 FEATURES is the folder of one layer. scikit-learn's mini-batch k-means with k-means++ runs on them; the same files, seed
 and versions give the same centroids. The file also says which model and layer they belong to. Features are held in
-memory (1 h of a base model: 550 MB); beyond --max-frames whole files are drawn at random.
+memory (1 h of a base model: 550 MB); beyond --max-frames whole files are drawn at random. An OUT of other features or
+options is replaced with --overwrite only; one of the same is left as it is.
 """
 
 import argparse
-import json
+import hashlib
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
     sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
@@ -23,7 +27,10 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 
 from spidr_hf import __version__
 from spidr_hf.system.commands import clear_errors, user_path
-from spidr_hf.units.kmeans import feature_files, train_kmeans
+from spidr_hf.system.processes import RunLock
+from spidr_hf.system.tables import read_table
+from spidr_hf.training.folder_settings import setting_changes
+from spidr_hf.units.kmeans import FEATURES_SIDECAR, feature_files, load_kmeans, train_kmeans
 
 
 def main() -> None:
@@ -34,19 +41,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--max-frames", type=int, default=5_000_000, help="default: 5 000 000 (28 h)")
     parser.add_argument("--max-iterations", type=int, default=100, help="passes over the frames (default: 100)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a k-means of other features or options")
     args = parser.parse_args()
-    with clear_errors():
+    with clear_errors(), one_at_a_time(args.out):
         if args.out.suffix != ".safetensors":
             raise ValueError(f"{args.out}: a k-means is written as .safetensors.")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        kmeans = train_kmeans(
-            feature_files(args.features),
-            args.clusters,
-            seed=args.seed,
-            max_frames=args.max_frames,
-            max_iterations=args.max_iterations,
-            provenance=features_provenance(args.features),
-        )
+        files = feature_files(args.features)
+        options = {name: getattr(args, name) for name in ("clusters", "seed", "max_frames", "max_iterations")}
+        made_from = {**features_provenance(args.features), "features_sha256": listing_hash(args.features, files)}
+        if already_there(args.out, {**made_from, **options}, overwrite=args.overwrite):
+            print(f"{args.out} is there already, made from the same features with the same options.")
+            return
+        kmeans = train_kmeans(files, **options, provenance={**made_from, **options})
         kmeans.provenance |= {
             "features": str(args.features.resolve()),
             "spidr_hf": __version__,
@@ -61,12 +67,39 @@ def main() -> None:
         )
 
 
+@contextmanager
+def one_at_a_time(out: Path) -> Iterator[None]:
+    """Keeps a second start from the same file."""
+    lock = RunLock(out.parent, patience=2.0, name=f".{out.stem[:60]}.lock")
+    try:
+        yield
+    finally:
+        lock.path.unlink(missing_ok=True)
+        lock.release()
+
+
+def already_there(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Whether the k-means is there. Raises `RunFolderError` where another one is, which is not to be replaced."""
+    if overwrite or not out.exists():
+        return False
+    made_from = load_kmeans(out).provenance
+    # A model is known by its weights, and data by its features, wherever they lie; earlier versions said less.
+    known = settings.keys() & made_from.keys() - {"data", *(("model",) if "sha256" in settings else ())}
+    there, here = ({name: values[name] for name in known} for values in (made_from, settings))
+    setting_changes(out, there, here, advice="Choose another file, or --overwrite to replace it.")
+    return True
+
+
+def listing_hash(folder: Path, files: Sequence[Path]) -> str:
+    """Of the names and sizes of feature files: what they hold is told by their provenance."""
+    listing = "".join(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n" for path in files)
+    return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
+
+
 def features_provenance(folder: Path) -> dict[str, object]:
     """What extract_features.py wrote beside the features about model and layer; nothing for other features."""
-    sidecar = folder / "features.provenance.json"
-    if not sidecar.exists():
-        return {}
-    found = json.loads(sidecar.read_text(encoding="utf-8"))
+    sidecar = folder / FEATURES_SIDECAR
+    found = read_table(sidecar) if sidecar.exists() else {}
     wanted = ("model", "sha256", "revision", "layer", "before_residual", "data")
     return {key: found[key] for key in wanted if found.get(key) is not None}
 

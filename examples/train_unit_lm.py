@@ -41,7 +41,7 @@ from transformers import (
 from spidr_hf import __version__
 from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.system.files import file_hash, replaced_folder, write_text
-from spidr_hf.system.processes import RunLock
+from spidr_hf.system.processes import RunLock, from_first, start_processes
 from spidr_hf.training.checkpoints import begins_anew, set_aside
 from spidr_hf.training.folder_settings import keep_settings
 from spidr_hf.units.language_model import (
@@ -104,7 +104,7 @@ def main() -> None:
             max_length=args.max_length,
         )
         checkpoints = args.out_dir / "checkpoints"
-        if settle(args, num_units):
+        if from_first(lambda: settle(args, num_units)):
             print(f"{args.out_dir / 'final'} is there already, made with the same units and options.")
             return
         trainer = Trainer(
@@ -145,17 +145,14 @@ _NOT_SETTINGS = ("units", "valid", "out_dir", "save_steps", "fresh")
 @contextmanager
 def one_at_a_time(out_dir: Path) -> Iterator[None]:
     """Keeps a second start out of the folder; of several processes of one launch the first does."""
-    lock = RunLock(out_dir) if is_first() else None
+    start_processes()
+    held: list[RunLock] = []
+    from_first(lambda: held.append(RunLock(out_dir)))
     try:
         yield
     finally:
-        if lock is not None:
+        for lock in held:
             lock.release()
-
-
-def is_first() -> bool:
-    """Whether this is the first process of a launch, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def settle(args: argparse.Namespace, num_units: int) -> bool:
@@ -164,16 +161,15 @@ def settle(args: argparse.Namespace, num_units: int) -> bool:
     Raises `RunFolderError` where the folder was begun with other units or options.
     """
     final, checkpoints = args.out_dir / "final", args.out_dir / "checkpoints"
-    if is_first():
-        if begins_anew(args.out_dir, args.fresh):
-            set_aside(args.out_dir, [final.name, checkpoints.name])
-        options = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
-        data = {f"{name}_sha256": file_hash(getattr(args, name)) for name in ("units", "valid")}
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        settings = {**options, "num_units": num_units, **data, "processes": processes}
-        begun = final.exists() or newest_checkpoint(checkpoints) is not None
-        keep_settings(args.out_dir / "settings.json", settings, resuming=begun)
-        checkpoints.mkdir(parents=True, exist_ok=True)
+    if begins_anew(args.out_dir, args.fresh):
+        set_aside(args.out_dir, [final.name, checkpoints.name])
+    options = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
+    data = {f"{name}_sha256": file_hash(getattr(args, name)) for name in ("units", "valid")}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = {**options, "num_units": num_units, **data, "processes": processes}
+    begun = final.exists() or newest_checkpoint(checkpoints) is not None
+    keep_settings(args.out_dir / "settings.json", settings, resuming=begun)
+    checkpoints.mkdir(parents=True, exist_ok=True)
     return final.exists() and (args.out_dir / "metrics.json").exists()
 
 

@@ -2,11 +2,13 @@
 
 import json
 import pickle
+import random
 import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -198,6 +200,60 @@ def loop_in_a_checkpoint(path: Path) -> None:
     checkpoint = torch.load(FAIRSEQ, weights_only=True)
     checkpoint["cfg"]["self"] = checkpoint["cfg"]
     torch.save(checkpoint, path)
+
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, -1, 0, 1, 2, 3, 1e308, -1e308, 1e-320, 0.5, 2**31, 2**63, 2**64, 10**9, 10**400, -(10**400)),
+    *("", "x", "9", "1e400", "\x1b[31m\n", "\0", "\ud800", "ü" * 300, "x" * 100_000, "spidr", "dinosr", "${model.x}"),
+    *([], [[]], [None] * 3, [1, 2, 3], [[1, 2, 3]] * 7, [[10**9] * 3], ["a\n"], list(range(10_000))),
+    *({}, {"a": None}, {"\n": {"\x1b": [{}]}}, {str(i): i for i in range(1000)}),
+)
+
+
+def damaged(data: bytes, chance: random.Random) -> bytes:
+    """A few bytes changed, left out, doubled, or taken from elsewhere."""
+    changed = bytearray(data)
+    for _ in range(chance.choice((1, 1, 2, 4, 16))):
+        at = chance.randrange(len(changed) or 1)
+        length = chance.choice((1, 1, 2, 4, 30))
+        match chance.randrange(5):
+            case 0:
+                changed[at : at + 1] = bytes([chance.randrange(256)])
+            case 1:
+                del changed[at : at + length]
+            case 2:
+                changed[at:at] = changed[at : at + length] * chance.choice((1, 2, 50))
+            case 3:
+                other = chance.randrange(len(data))
+                changed[at : at + length] = data[other : other + length]
+            case 4:
+                changed[at : at + 1] = chance.choice((b"(", b".", b"R", b"\x81", b"b", b"0", b"2", b"t", b"Q", b"\x8a"))
+    return bytes(changed)
+
+
+def with_other_values(tree: Any, chance: random.Random, values: tuple = VALUES) -> Any:
+    """The tree with one of its parts replaced, left out or doubled."""
+    if isinstance(tree, dict) and tree and chance.random() < 0.9:
+        key = chance.choice(list(tree))
+        match chance.randrange(8):
+            case 0:
+                return {name: value for name, value in tree.items() if name != key}
+            case 1:
+                return {**tree, key + chance.choice(("s", "\n", "_")): tree[key]}
+            case _:
+                return {**tree, key: with_other_values(tree[key], chance, values)}
+    if isinstance(tree, list) and tree and chance.random() < 0.5:
+        index = chance.randrange(len(tree))
+        return [*tree[:index], with_other_values(tree[index], chance, values), *tree[index + 1 :]]
+    return chance.choice(values)
+
+
+def as_json(tree: Any, chance: random.Random) -> str:
+    text = json.dumps(tree)
+    for number in ("NaN", "Infinity", "-Infinity", "1e400", "9" * 5000):
+        if chance.random() < 0.03:
+            text = text.replace(": 0", f": {number}", 1)
+    return text if chance.random() < 0.9 else text[: chance.randrange(len(text))]
 
 
 def files() -> dict[str, tuple[Callable[[Path], object], str]]:

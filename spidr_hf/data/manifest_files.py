@@ -164,7 +164,7 @@ def read_parquet(path: Path) -> tuple[pa.Table, Path]:
 
 
 def read_tsv(path: Path) -> tuple[pa.Table, Path]:
-    """Paths and lengths of a fairseq TSV, and the folder that its first line names; of one with a header as `read_csv`."""
+    """Paths and lengths of a fairseq TSV, and the folder that its first line names; one with a header as `read_csv`."""
     if _has_header(path):
         return read_csv(path)
     _, first = next(text_lines(path, str), (1, ""))

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from .allocation import prepare_training_process
 from .errors import AudioError, BatchingError, ConfigError, ManifestError, RunFolderError
-from .messages import end_bars, log_above_bars
+from .messages import end_bars, log_above_bars, one_line
 from .processes import contact_lost, die_with_launcher, kill_workers
 from .shared_memory import worker_lost
 
@@ -92,7 +92,7 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in _FULL:
         what = f"{error.filename} cannot be written" if error.filename else "nothing more can be written"
         return f"the disk is full: {what} ({error.strerror}). Make room there; the same command then continues."
-    return " ".join(str(error).split())
+    return one_line(" ".join(str(error).split()))
 
 
 @contextmanager

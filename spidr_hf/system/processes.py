@@ -10,11 +10,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from .errors import RunFolderError
 from .messages import warn_once
 
 _PR_SET_PDEATHSIG = 1
+Result = TypeVar("Result")
 
 
 class RunLock:
@@ -33,11 +34,11 @@ class RunLock:
     Of a folder in which nothing was done, what was made for the lock goes again, the folder included.
 
     Raises `RunFolderError` when another run holds it for longer than `patience` seconds (one that was just told to stop
-    may still be saving).
+    may still be saving). `name` is that of the file; runs with locks of other names may share the folder.
     """
 
-    def __init__(self, folder: str | Path, patience: float = 10.0):
-        self.path = Path(folder) / ".lock"
+    def __init__(self, folder: str | Path, patience: float = 10.0, name: str = ".lock"):
+        self.path = Path(folder) / name
         self._file = self._opened()
         deadline = time.monotonic() + patience
         while not (lock(self._file) and self._is_there()):
@@ -46,7 +47,7 @@ class RunLock:
                 holder = self._file.read().strip() or "another process"
                 self._file.close()
                 raise RunFolderError(
-                    f"{folder} is in use by another run ({holder}). Stop it first, or choose another --output-dir."
+                    f"{folder} is in use by another run ({holder}). Stop it first, or choose another folder."
                 )
             time.sleep(0.1)
             self._file.close()
@@ -151,6 +152,20 @@ def gather_all(values: Sequence[Any]) -> list[Any]:
     gathered: list[Sequence[Any]] = [[]] * dist.get_world_size()
     dist.all_gather_object(gathered, list(values))
     return [value for part in gathered for value in part]
+
+
+def from_first(make: Callable[[], Result]) -> Result:
+    """What the first process makes, on every process. Each calls it; an error of the first one is raised on all."""
+    made: list[Result | Exception] = []
+    if not PartialState().process_index:
+        try:
+            made = [make()]
+        except (OSError, RuntimeError, ValueError) as error:
+            made = [error]
+    (result,) = gather_all(made)
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def start_processes() -> PartialState:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -179,8 +180,8 @@ def csv_columns(path: str | os.PathLike, delimiter: str = ",", known: Collection
     _, cells = next(_csv_lines(path, delimiter), (1, []))
     names = [name.strip() for name in cells]
     names = [name.lower() if name.lower() in known else name for name in names]
-    if twice := next((name for name in names if name and names.count(name) > 1), None):
-        raise ValueError(f"{shown(path)}, line 1: the column {shown(twice)!r} is there more than once.")
+    if len(set(names)) < len(names) and (twice := [name for name, n in Counter(names).items() if name and n > 1]):
+        raise ValueError(f"{shown(path)}, line 1: the column {shown(twice[0])!r} is there more than once.")
     return names
 
 

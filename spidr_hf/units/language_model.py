@@ -283,7 +283,10 @@ def read_pairs(
             members[row["id"], row.get("voice") or ""][row["correct"].strip() == "1"].append((number, row))
         for (name, _), sides in members.items():
             if not (sides[True] and sides[False]):
-                raise ValueError(f"{path}: {shown(name)!r} has no pair of a correct and an incorrect sequence.")
+                number, _ = next(iter(sides.values()))[0]
+                raise ValueError(
+                    f"{path}, line {number}: {shown(name)!r} has no pair of a correct and an incorrect sequence."
+                )
             for right_number, right in sides[True]:
                 for wrong_number, wrong in sides[False]:
                     positive = sequence(right["filename"], right_number)

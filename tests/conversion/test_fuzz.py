@@ -20,6 +20,7 @@ from typing import Any
 import hostile
 import pytest
 import torch
+from hostile import VALUES, as_json, damaged, with_other_values
 
 from spidr_hf.conversion import convert_checkpoint
 from spidr_hf.conversion.checkpoint_file import open_checkpoint
@@ -32,12 +33,6 @@ from spidr_hf.conversion.safe_pickle import StandIn
 FAST, SLOW = range(3), range(3, 40)
 SEEDS = [*FAST, *(pytest.param(seed, marks=pytest.mark.slow) for seed in SLOW)]
 SECONDS = 5
-VALUES: tuple[Any, ...] = (
-    *(None, True, False, -1, 0, 1, 2, 3, 1e308, -1e308, 1e-320, 0.5, 2**31, 2**63, 2**64, 10**9, 10**400, -(10**400)),
-    *("", "x", "9", "1e400", "\x1b[31m\n", "\0", "\ud800", "ü" * 300, "x" * 100_000, "spidr", "dinosr", "${model.x}"),
-    *([], [[]], [None] * 3, [1, 2, 3], [[1, 2, 3]] * 7, [[10**9] * 3], ["a\n"], list(range(10_000))),
-    *({}, {"a": None}, {"\n": {"\x1b": [{}]}}, {str(i): i for i in range(1000)}),
-)
 
 
 def one_line_or_fine(read: Callable[[], object], what: object) -> bool:
@@ -56,52 +51,6 @@ def one_line_or_fine(read: Callable[[], object], what: object) -> bool:
         raise AssertionError(f"{what}: {type(error).__name__}: {error}"[:1000]) from error
     finally:
         assert time.monotonic() - start < SECONDS, what
-
-
-def damaged(data: bytes, chance: random.Random) -> bytes:
-    """A few bytes changed, left out, doubled, or taken from elsewhere."""
-    changed = bytearray(data)
-    for _ in range(chance.choice((1, 1, 2, 4, 16))):
-        at = chance.randrange(len(changed) or 1)
-        length = chance.choice((1, 1, 2, 4, 30))
-        match chance.randrange(5):
-            case 0:
-                changed[at : at + 1] = bytes([chance.randrange(256)])
-            case 1:
-                del changed[at : at + length]
-            case 2:
-                changed[at:at] = changed[at : at + length] * chance.choice((1, 2, 50))
-            case 3:
-                other = chance.randrange(len(data))
-                changed[at : at + length] = data[other : other + length]
-            case 4:
-                changed[at : at + 1] = chance.choice((b"(", b".", b"R", b"\x81", b"b", b"0", b"2", b"t", b"Q", b"\x8a"))
-    return bytes(changed)
-
-
-def with_other_values(tree: Any, chance: random.Random, values: tuple = VALUES) -> Any:
-    """The tree with one of its parts replaced, left out or doubled."""
-    if isinstance(tree, dict) and tree and chance.random() < 0.9:
-        key = chance.choice(list(tree))
-        match chance.randrange(8):
-            case 0:
-                return {name: value for name, value in tree.items() if name != key}
-            case 1:
-                return {**tree, key + chance.choice(("s", "\n", "_")): tree[key]}
-            case _:
-                return {**tree, key: with_other_values(tree[key], chance, values)}
-    if isinstance(tree, list) and tree and chance.random() < 0.5:
-        index = chance.randrange(len(tree))
-        return [*tree[:index], with_other_values(tree[index], chance, values), *tree[index + 1 :]]
-    return chance.choice(values)
-
-
-def as_json(tree: Any, chance: random.Random) -> str:
-    text = json.dumps(tree)
-    for number in ("NaN", "Infinity", "-Infinity", "1e400", "9" * 5000):
-        if chance.random() < 0.03:
-            text = text.replace(": 0", f": {number}", 1)
-    return text if chance.random() < 0.9 else text[: chance.randrange(len(text))]
 
 
 def small_checkpoint() -> dict[str, Any]:

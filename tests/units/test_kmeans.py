@@ -1,6 +1,10 @@
 """K-means: seeded, stored with its provenance, applied by `extract_units.py --kmeans`."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -141,3 +145,42 @@ def test_centroids_and_features_that_are_not_finite(tmp_path, value):
         load_features(tmp_path / "a.npy")
     with pytest.raises(NonFiniteError):
         KMeans(torch.zeros(3, 4)).predict(centroids)
+
+
+def test_finished_is_finished_and_others_are_refused_by_name(blobs, tmp_path):
+    folder, _ = blobs
+    out = tmp_path / "k.safetensors"
+    command = ("train_kmeans", folder, out, "--clusters", 4)
+    assert run_command(*command).status == 0
+    before = (out.read_bytes(), out.stat().st_mtime_ns)
+    again = run_command(*command)
+    assert again.status == 0 and "is there already" in again.out
+    for option in ("--clusters", "--seed", "--max-frames", "--max-iterations"):
+        name = option.removeprefix("--").replace("-", "_")
+        fails(run_command(*command, option, 5), "holds another run", f"{name} is", "and 5 here", "--overwrite")
+    shutil.copytree(folder, tmp_path / "more")
+    torch.save(torch.randn(30, 4), tmp_path / "more" / "new.pt")
+    fails(run_command("train_kmeans", tmp_path / "more", *command[2:]), "features_sha256 is")
+    assert before == (out.read_bytes(), out.stat().st_mtime_ns) and sorted(os.listdir(tmp_path)) == [
+        "k.safetensors",
+        "more",
+    ]
+    assert run_command(*command, "--seed", 5, "--overwrite").status == 0
+    assert load_kmeans(out).provenance["seed"] == 5
+    out.write_bytes(b"nothing")
+    fails(run_command(*command), "cannot be read as a safetensors")
+    assert run_command(*command, "--overwrite").status == 0
+
+
+def test_two_starts_at_once_are_kept_apart(blobs, tmp_path):
+    """Of one file; those of other files, other layers' say, go side by side."""
+    folder, _ = blobs
+    code = "import sys; from spidr_hf.examples.train_kmeans import one_at_a_time; from pathlib import Path\n"
+    code += "with one_at_a_time(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "k.safetensors")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        fails(run_command("train_kmeans", folder, tmp_path / "k.safetensors", "--clusters", 4), "in use by another run")
+        assert run_command("train_kmeans", folder, tmp_path / "l.safetensors", "--clusters", 4).status == 0
+        other.communicate()
+    assert run_command("train_kmeans", folder, tmp_path / "k.safetensors", "--clusters", 4).status == 0

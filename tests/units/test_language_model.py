@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -210,6 +214,58 @@ def test_other_units_are_refused(trained, tmp_path):
     folder, arguments, _ = trained
     (tmp_path / "other.jsonl").write_bytes((folder / "valid.jsonl").read_bytes())
     fails(run_command("train_unit_lm", tmp_path / "other.jsonl", *arguments[1:]), "holds another run", "units_sha256")
+
+
+def test_two_starts_at_once_are_kept_apart(trained):
+    folder, arguments, _ = trained
+    code = "import sys; from spidr_hf.system.processes import RunLock\nlock = RunLock(sys.argv[1])\n"
+    code += "print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(folder / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        fails(run_command("train_unit_lm", *arguments), "in use by another run")
+        other.communicate()
+
+
+@pytest.mark.slow
+def test_two_processes_begin_anew_together(trained, tmp_path):
+    """With --fresh none of them finds what the first is about to remove; a refusal of the first ends both at once."""
+    folder, _, _ = trained
+    out = tmp_path / "out"
+    options = (
+        folder / "train.jsonl", out, "--valid", folder / "valid.jsonl", "--num-layers", 1, "--hidden-size", 32,
+        "--num-heads", 2, "--max-length", 48, "--steps", 6, "--save-steps", 3,
+    )  # fmt: skip
+
+    def launch(*more):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
+        command = [sys.executable, "-m", "spidr_hf.examples.train_unit_lm", *map(str, options), *map(str, more)]
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        ended = [process.communicate(timeout=300) for process in processes]
+        return [process.returncode for process in processes], *("".join(texts) for texts in zip(*ended, strict=True))
+
+    codes, said, errors = launch()
+    assert codes == [0, 0] and said.count("Held-out units") == 1, errors
+    weights = load_file(out / "final" / "model.safetensors")
+    codes, said, errors = launch()
+    assert codes == [0, 0] and "is there already" in said, errors
+    codes, _, errors = launch("--seed", 3)
+    assert codes == [1, 1] and errors.count("error: ") == 1 and "holds another run" in errors
+    codes, said, errors = launch("--seed", 3, "--fresh")
+    assert codes == [0, 0] and said.count("Held-out units") == 1, errors
+    again = load_file(out / "final" / "model.safetensors")
+    assert any(not torch.equal(again[name], weights[name]) for name in weights)
 
 
 def test_bad_input(trained, tmp_path):
