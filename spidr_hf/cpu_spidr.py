@@ -30,12 +30,12 @@ _FLOAT32 = {
     ("AuthenticAMD", "AVX512"): "oneDNN",  # EPYC: 2 x 6 s 0.92
 }
 _LEVELS = 1 << 16
-_PIECE_ROWS = 512
+PIECE_ROWS = 512
 _LONGEST_PRODUCT_ATTENTION = 1024  # frames; beyond, the fused form's smaller memory makes it as fast
 
 
 @cache
-def _processor() -> tuple[str, str]:
+def processor() -> tuple[str, str]:
     """Vendor and widest instruction set that PyTorch uses, as processors and PyTorch call them."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
@@ -50,20 +50,20 @@ def product_library(dtype: torch.dtype) -> str:
 
     Processor and settings of the process decide, never a measurement: results must not depend on what else runs.
     """
-    return "oneDNN" if _onednn(dtype) else "PyTorch"
+    return "oneDNN" if has_onednn(dtype) else "PyTorch"
 
 
 def has_fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AMX, or AVX-512 with BF16), and PyTorch lets it."""
-    return _onednn(torch.bfloat16) and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return has_onednn(torch.bfloat16) and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def _onednn(dtype: torch.dtype = torch.float32) -> bool:
+def has_onednn(dtype: torch.dtype = torch.float32) -> bool:
     """Whether products of `dtype` (float32 or bfloat16) go to oneDNN: it is here, the process has not switched it off,
     and on this processor it is not the slower one."""
     return (
         _X86
-        and (dtype != torch.float32 or _FLOAT32.get(_processor(), "oneDNN") == "oneDNN")
+        and (dtype != torch.float32 or _FLOAT32.get(processor(), "oneDNN") == "oneDNN")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -89,7 +89,12 @@ def onednn_takes(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether oneDNN can be given products of `x` with `weights` directly: see the top of the file."""
     tensors = [x, *(weight for weight in weights if weight is not None)]
     dtype = product_dtype(x)
-    if dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu" or not plain_mode() or not _onednn(dtype):
+    if (
+        dtype not in (torch.float32, torch.bfloat16)
+        or x.device.type != "cpu"
+        or not plain_mode()
+        or not has_onednn(dtype)
+    ):
         return False
     if not are_ordinary(*tensors):
         return False
@@ -120,7 +125,7 @@ def row_pieces(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...] | None:
     if not plain_mode() or not all(is_plain(module) and fast_products(x, module.weight) for module in modules):
         return None
     rows = x.numel() // x.shape[-1]
-    pieces = -(-rows // (_PIECE_ROWS * torch.get_num_threads()))
+    pieces = -(-rows // (PIECE_ROWS * torch.get_num_threads()))
     return x.reshape(rows, -1).tensor_split(pieces) if pieces > 1 else None
 
 
@@ -249,7 +254,7 @@ def attends_by_products(qkv: Tensor, p: float) -> bool:
 
 def products_attend_faster(dtype: torch.dtype, length: int) -> bool:
     """The same without dropout, for sequences of `length` frames on this CPU."""
-    return dtype == torch.bfloat16 and length <= _LONGEST_PRODUCT_ATTENTION and _onednn(dtype)
+    return dtype == torch.bfloat16 and length <= _LONGEST_PRODUCT_ATTENTION and has_onednn(dtype)
 
 
 def reads_faster_in_one_piece(qkv: Tensor) -> bool:

@@ -29,11 +29,11 @@ from torch import Tensor
 _NAMESPACE = re.sub(r"\W+", "_", re.sub(r"[^\x00-\x7f]", lambda letter: f"u{ord(letter[0]):x}", __name__))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Programs of the kernels that sum over rows: enough for any GPU, and the same on all, so that sums are too.
-_PROGRAMS = 528
+PROGRAMS = 528
 MAX_CHANNELS = 8192  # a row is one block
 
 _enabled = os.environ.get("SPIDR_HF_KERNELS", "1") != "0"
-_available = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def use_kernels(enabled: bool) -> bool:
@@ -43,9 +43,14 @@ def use_kernels(enabled: bool) -> bool:
     return before
 
 
+def kernels_wanted(x: Tensor) -> bool:
+    """Whether own kernels are on and there are some for numbers of the type of `x`."""
+    return _enabled and x.dtype in _DTYPES
+
+
 def kernels_run(x: Tensor) -> bool:
     """Whether operations on `x` run as kernels."""
-    return _enabled and _available and x.is_cuda and x.dtype in _DTYPES and _can_launch()
+    return kernels_wanted(x) and HAS_TRITON and x.is_cuda and _can_launch()
 
 
 @cache
@@ -55,7 +60,7 @@ def kernel_trouble() -> str | None:
     Triton builds what launches its kernels with a C compiler and Python's headers, when the first one starts; slim
     images have neither. It is tried once.
     """
-    if not _available:
+    if not HAS_TRITON:
         return "Triton is not installed (pip install triton)"
     try:
         from triton.runtime import driver
@@ -145,7 +150,7 @@ def _norm_gelu_backward(
     channels, affine = x.shape[-1], weight is not None
     rows, (block_rows, block_channels) = x.numel() // channels, _row_blocks(channels)
     grad_x = torch.empty_like(x)
-    rows_per_program = _blocks(_blocks(max(rows, 1), _PROGRAMS), block_rows) * block_rows
+    rows_per_program = _blocks(_blocks(max(rows, 1), PROGRAMS), block_rows) * block_rows
     programs = _blocks(rows, rows_per_program)
     partial = x.new_empty((2, programs if affine else 0, channels), dtype=torch.float32)
     if rows:
@@ -281,7 +286,7 @@ def _residual_norm_backward(
     channels = residual.shape[-1]
     rows, (block_rows, block_channels) = residual.numel() // channels, _row_blocks(channels)
     grad_residual, grad_branch = torch.empty_like(residual), torch.empty_like(branch)
-    rows_per_program = _blocks(_blocks(max(rows, 1), _PROGRAMS), block_rows) * block_rows
+    rows_per_program = _blocks(_blocks(max(rows, 1), PROGRAMS), block_rows) * block_rows
     programs = _blocks(rows, rows_per_program)
     partial = residual.new_empty((2, programs, channels), dtype=torch.float32)
     if rows:
@@ -371,7 +376,7 @@ def _bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, 
     channels = x.shape[-1]
     rows, block_rows, block_channels = x.numel() // channels, 16, min(256, _power_of_2(channels))
     columns = _blocks(channels, block_channels)
-    rows_per_program = _blocks(_blocks(max(rows, 1), _blocks(4 * _PROGRAMS, columns)), block_rows) * block_rows
+    rows_per_program = _blocks(_blocks(max(rows, 1), _blocks(4 * PROGRAMS, columns)), block_rows) * block_rows
     programs = _blocks(rows, rows_per_program)
     partial = x.new_empty((programs, channels), dtype=torch.float32)
     if rows:
@@ -521,7 +526,7 @@ def _grouped_conv_backward(
         # The input's gradient is the convolution of the output's with the taps turned round.
         taps = _grouped_taps(weight, groups).flip(-1).permute(0, 3, 1, 2).contiguous()
         grad_x = _launch_conv(grad, taps, None, kernel - 1 - before)
-    splits = max(1, min(_blocks(rows, 8 * block_rows), _blocks(4 * _PROGRAMS, groups * kernel)))
+    splits = max(1, min(_blocks(rows, 8 * block_rows), _blocks(4 * PROGRAMS, groups * kernel)))
     rows_per_program = _blocks(_blocks(max(rows, 1), splits), block_rows) * block_rows
     splits = _blocks(rows, rows_per_program)
     partial = x.new_empty((splits, groups, kernel, width, width), dtype=torch.float32)
@@ -650,13 +655,13 @@ def _(targets, codewords):
 
 
 def _nearest_plainly(targets: Tensor, codewords: Tensor, half_norms: Tensor) -> Tensor:
-    true_products = _true_float32() if targets.is_cuda else nullcontext()
+    true_products = true_float32() if targets.is_cuda else nullcontext()
     with true_products, torch.autocast(targets.device.type, enabled=False):
         return torch.baddbmm(half_norms.unsqueeze(1), targets, codewords.transpose(1, 2), alpha=-1).argmin(-1)
 
 
 @contextmanager
-def _true_float32() -> Iterator[None]:
+def true_float32() -> Iterator[None]:
     """Float32 products on CUDA without TF32, however the process was told to use it."""
     # The older functions refuse to answer a process that has used the newer settings.
     newer = torch.backends.cuda.matmul if hasattr(torch.backends.cuda.matmul, "fp32_precision") else None
@@ -770,6 +775,7 @@ __all__ = [
     "grouped_conv1d",
     "kernel_trouble",
     "kernels_run",
+    "kernels_wanted",
     "nearest_codewords",
     "norm_gelu",
     "normalized_rows",

@@ -200,7 +200,7 @@ class SpidrModel(SpidrPreTrainedModel):
         """Puts the mask embedding in place of the masked frames (B x T, bool) of B x T x H."""
         return torch.where(mask.unsqueeze(-1), self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
 
-    def _spec_augment(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
+    def spec_augment(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
         config, (batch, length, width) = self.config, hidden_states.shape
         if not (self.training and config.apply_spec_augment):
             return hidden_states
@@ -254,7 +254,7 @@ class SpidrModel(SpidrPreTrainedModel):
         if mask_time_indices is not None:
             hidden_states = self.mask_frames(hidden_states, mask_time_indices.bool())
         else:
-            hidden_states = self._spec_augment(hidden_states, lengths)
+            hidden_states = self.spec_augment(hidden_states, lengths)
         output = self.encoder(
             hidden_states,
             frame_mask(lengths, features.shape[1]),

@@ -314,7 +314,7 @@ class SpidrForXVector(SpidrHeadModel):
         hidden_states = self.projector(hidden_states).transpose(1, 2)
         for conv, kernel, dilation in zip(self.tdnn, self.config.tdnn_kernel, self.config.tdnn_dilation, strict=True):
             hidden_states = F.relu(_dilated(conv, hidden_states, kernel, dilation))
-        embeddings = self.embedding(self._pool(hidden_states.transpose(1, 2), lengths))
+        embeddings = self.embedding(self.pool_statistics(hidden_states.transpose(1, 2), lengths))
         logits = self.classifier(embeddings)
         loss = None
         if labels is not None:
@@ -344,7 +344,7 @@ class SpidrForXVector(SpidrHeadModel):
         return lengths
 
     @staticmethod
-    def _pool(hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
+    def pool_statistics(hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
         """Mean and standard deviation (unbiased) over the valid frames of B x T x C: B x 2C."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             mean, var = masked_var_mean(hidden_states.float(), lengths)

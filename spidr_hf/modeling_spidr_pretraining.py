@@ -160,7 +160,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         self.codebooks = SpidrCodebooks(config)
         self.teacher = SpidrTeacher(config)
         self.register_buffer("current_step", torch.zeros(1, dtype=torch.int64))
-        self._statistics: StatisticsBuffer | None = None
+        self.statistics: StatisticsBuffer | None = None
         self._forwards = 0  # with gradients, since the last update
         self.post_init()
         self.teacher.eval()
@@ -290,25 +290,25 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
             )
 
     def _accumulate(self, labels: Tensor, targets: Tensor, layer_losses: Tensor, predictions: Tensor) -> None:
-        if self._statistics is None or self._statistics.flat.device != labels.device:
-            self._statistics = StatisticsBuffer(self.config, labels.device)
+        if self.statistics is None or self.statistics.flat.device != labels.device:
+            self.statistics = StatisticsBuffer(self.config, labels.device)
         with torch.no_grad():
-            self._statistics.add(labels, targets, layer_losses, predictions)
+            self.statistics.add(labels, targets, layer_losses, predictions)
 
     def reduce_statistics(self) -> SpidrTrainingStatistics:
         """What all processes saw since the last `update_teacher`, summed in the update's one collective.
 
         Every process must call it; `update_teacher` does so itself where it was not called.
         """
-        if self._statistics is None or self._statistics.empty:
+        if self.statistics is None or self.statistics.empty:
             raise RuntimeError("No forward in train mode since the last update: there are no statistics to reduce.")
-        return self._statistics.reduce()
+        return self.statistics.reduce()
 
     def discard_statistics(self) -> None:
         """Forgets what was seen since the last update, for an update that is skipped."""
         self._forwards = 0
-        if self._statistics is not None:
-            self._statistics.clear()
+        if self.statistics is not None:
+            self.statistics.clear()
 
     def teacher_decay(self, step: int) -> float:
         """Decay of the teacher after optimizer step `step`, counted from 1; at 1 the teacher stands still."""
@@ -325,10 +325,10 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         if step < 1:
             raise ValueError(f"Steps are counted from 1, got {step}.")
         self._forwards, self.missing_weights = 0, frozenset()
-        if self._statistics is not None and not self._statistics.empty:
-            self._statistics.reduce()
-            self.codebooks.update(self._statistics.counts, self._statistics.sums, where)
-            self._statistics.clear()
+        if self.statistics is not None and not self.statistics.empty:
+            self.statistics.reduce()
+            self.codebooks.update(self.statistics.counts, self.statistics.sums, where)
+            self.statistics.clear()
         decay = self.teacher_decay(step)
         if decay < 1:
             averaged, copied = self._teacher_pairs()

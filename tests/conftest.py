@@ -73,7 +73,7 @@ def small_files() -> Iterator[None]:
 @pytest.fixture
 def new_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is warned about once per process is warned about anew."""
-    monkeypatch.setattr("spidr_hf.system.messages._WARNED", set())
+    monkeypatch.setattr("spidr_hf.system.messages.WARNED", set())
 
 
 @pytest.fixture

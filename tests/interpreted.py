@@ -10,7 +10,7 @@ def run_kernels_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on every operation that would be a kernel on a GPU is one here, too, unless `use_kernels(False)`."""
 
     def kernels_run(x: torch.Tensor) -> bool:
-        return kernels_spidr._enabled and x.dtype in kernels_spidr._DTYPES
+        return kernels_spidr.kernels_wanted(x)
 
     for module in (kernels_spidr, layers_spidr, codebooks_spidr):
         monkeypatch.setattr(module, "kernels_run", kernels_run)

@@ -24,7 +24,7 @@ from spidr_hf.cpu_spidr import (
 )
 from spidr_hf.layers_spidr import conv1d_channels_last, masked_var_mean
 
-needs_onednn = pytest.mark.skipif(not cpu_spidr._onednn(), reason="this PyTorch or CPU has no oneDNN products")
+needs_onednn = pytest.mark.skipif(not cpu_spidr.has_onednn(), reason="this PyTorch or CPU has no oneDNN products")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -40,12 +40,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 )
 @needs_onednn
 def test_the_processor_decides_who_multiplies(monkeypatch, vendor, instructions, library):
-    monkeypatch.setattr(cpu_spidr, "_processor", lambda: (vendor, instructions))
+    monkeypatch.setattr(cpu_spidr, "processor", lambda: (vendor, instructions))
     x, module = torch.randn(5, 8), nn.Linear(8, 4).requires_grad_(False)
     assert product_library(torch.float32) == library
     assert fast_products(x, module.weight, module.bias) == (library == "oneDNN")
     torch.testing.assert_close(linear(module, x), module(x))
-    if cpu_spidr._onednn(torch.bfloat16):
+    if cpu_spidr.has_onednn(torch.bfloat16):
         assert product_library(torch.bfloat16) == "oneDNN"
 
 
@@ -54,7 +54,7 @@ def test_the_processor_is_what_the_system_says(monkeypatch, tmp_path, text, vend
     (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(cpu_spidr, "Path", lambda name: tmp_path / "cpuinfo")
     monkeypatch.setattr(cpu_spidr.platform, "processor", lambda: "")
-    assert cpu_spidr._processor.__wrapped__() == (vendor, torch.backends.cpu.get_cpu_capability())
+    assert cpu_spidr.processor.__wrapped__() == (vendor, torch.backends.cpu.get_cpu_capability())
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_feed_forward_in_pieces(monkeypatch):
     module = tiny_model().spidr.encoder.layers[0].feed_forward
     x = torch.randn(3, 17, module.output_dense.out_features)
     expected = module(x)
-    monkeypatch.setattr(cpu_spidr, "_PIECE_ROWS", 10)
+    monkeypatch.setattr(cpu_spidr, "PIECE_ROWS", 10)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     pieces = row_pieces(x, module.intermediate_dense, module.output_dense)
     assert [len(piece) for piece in pieces] == [17, 17, 17]
@@ -277,7 +277,7 @@ def test_attention_in_bfloat16_is_pytorch_s(masked):
 
 def test_which_attention_is_taken():
     taken = torch.zeros(1, 100, 3, 2, 8, dtype=torch.bfloat16)
-    assert attends_by_products(taken, 0.0) == cpu_spidr._onednn(torch.bfloat16)
+    assert attends_by_products(taken, 0.0) == cpu_spidr.has_onednn(torch.bfloat16)
     assert attends_by_products(taken.float(), 0.1)
     assert not attends_by_products(taken.float(), 0.0)
     assert not attends_by_products(taken.repeat(1, 20, 1, 1, 1), 0.0)

@@ -218,7 +218,7 @@ def test_the_next_batch_is_copied_beside_the_kernels_of_this_step():
     busy, copied = torch.cuda.Event(), torch.cuda.Event()
     busy.record()
     moved = move(batch)
-    copied.record(move._stream)
+    copied.record(move.stream)
     copied.synchronize()
     assert not busy.query()
     torch.testing.assert_close(moved.input_values.cpu(), batch.input_values)

@@ -1,6 +1,7 @@
 """Imports point one way: folders look down only, nothing goes round in circles, nothing imports a command."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
@@ -25,6 +26,8 @@ BELOW["pretraining"] = BELOW["finetuning"] = BELOW["training"] | {"training"}
 BELOW["examples"] = BELOW["pretraining"] | {"pretraining", "finetuning", "conversion"}
 # The first registers the pipeline, the second loads a command by its name.
 EXEMPT = {"spidr_hf", "spidr_hf.__main__"}
+# Names that transformers calls by, which models of any kind have.
+TRANSFORMERS_OWN = {"_get_feat_extract_output_lengths", "_get_feature_vector_attention_mask", "_no_split_modules"}
 # Who may import the converter: where a run begins, and where a model's name is looked up.
 OF_CONVERSION = {"spidr_hf.pretraining.start", "spidr_hf.hub.published"}
 
@@ -111,3 +114,34 @@ def test_the_walk_sees_hidden_imports():
     """Of functions, and of other packages' names."""
     assert "spidr_hf.triton_spidr" in arrows()["spidr_hf.kernels_spidr"]
     assert "spidr_hf.pretraining.hf_trainer" in arrows()["spidr_hf"]
+
+
+def defined(path: Path) -> Iterator[str]:
+    """Names that a file gives to functions, classes, variables and attributes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.attr if isinstance(node, ast.Attribute) else node.id
+
+
+def touched(path: Path) -> Iterator[tuple[int, str]]:
+    """Names that a test takes from something else, by attribute, by import, or in a string that it patches."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr", "delattr", "patch")):
+            strings = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            yield from ((node.lineno, text.rpartition(".")[2]) for text in strings if isinstance(text, str))
+
+
+def test_tests_touch_nothing_private():
+    """They hold what is promised; what a test must reach has a public name."""
+    private = {
+        name for path in modules().values() for name in defined(path) if re.match("_[^_]", name)
+    } - TRANSFORMERS_OWN
+    paths = [path for path in (ROOT / "tests").rglob("*.py") if "fixtures" not in path.parts]
+    found = [f"{path.name}:{line}: {name}" for path in paths for line, name in touched(path) if name in private]
+    assert len(paths) > 50 and len(private) > 100 and not found

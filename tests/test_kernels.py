@@ -73,7 +73,7 @@ def test_norm_gelu_of_views_of_no_row_and_of_many_rows(kernels, monkeypatch):
     empty.sum().backward()
     assert empty.shape == (0, 5, 8) and not weight.grad.any() and not bias.grad.any()
     # More blocks of rows than programs: each program of the backward pass then sums over several of them.
-    monkeypatch.setattr(kernels_spidr, "_PROGRAMS", 3)
+    monkeypatch.setattr(kernels_spidr, "PROGRAMS", 3)
     many, parameters = tensor(700, 64), [tensor(64, seed=1), tensor(64, seed=2)]
     ours = with_gradients(lambda x, w, b: norm_gelu(x, w, b, 1e-5), [many, *parameters], many)
     plain = with_gradients(lambda x, w, b: plain_norm_gelu(x, w, b, 1e-5), [many, *parameters], many)
@@ -85,7 +85,7 @@ def test_norm_gelu_of_views_of_no_row_and_of_many_rows(kernels, monkeypatch):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(("rows", "channels"), [(1, 48), (33, 48), (3, 768)])
 def test_residual_dropout_and_norm(kernels, monkeypatch, rows, channels, p, dtype):
-    monkeypatch.setattr(kernels_spidr, "_PROGRAMS", 3)
+    monkeypatch.setattr(kernels_spidr, "PROGRAMS", 3)
     residual, branch = tensor(2, rows, channels), tensor(2, rows, channels, dtype=dtype, seed=1)
     parameters, grad = [tensor(channels, seed=2), tensor(channels, seed=3)], tensor(2, rows, channels, seed=4)
     seed = draw_seeds(2, torch.device(DEVICE))[1]
@@ -126,7 +126,7 @@ def test_a_norm_of_which_only_one_form_is_read(kernels, read):
 @both_dtypes
 @pytest.mark.parametrize(("rows", "channels"), [(1, 48), (67, 300)])
 def test_bias_and_gelu(kernels, monkeypatch, rows, channels, dtype):
-    monkeypatch.setattr(kernels_spidr, "_PROGRAMS", 1)
+    monkeypatch.setattr(kernels_spidr, "PROGRAMS", 1)
     x, bias, grad = (
         tensor(2, rows, channels, dtype=dtype) * 3,
         tensor(channels, seed=1),
@@ -265,7 +265,7 @@ def run_model(**changes):
     output = model(tensor(2, 4000), mask_time_indices=random_mask(2, 12).to(DEVICE))
     output.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    statistics = {name: getattr(model._statistics, name).clone() for name in ("counts", "sums", "loss_sums")}
+    statistics = {name: getattr(model.statistics, name).clone() for name in ("counts", "sums", "loss_sums")}
     return output.loss.detach(), gradients, statistics
 
 
@@ -294,14 +294,14 @@ def test_the_model_in_bfloat16_with_and_without(kernels):
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels_spidr, "_available", True)
+    monkeypatch.setattr(kernels_spidr, "HAS_TRITON", True)
     monkeypatch.setattr(kernels_spidr, "kernel_trouble", lambda: None)
     assert kernels_run(ON_GPU) and not kernels_run(torch.zeros(1))
     use_kernels(False)
     assert not kernels_run(ON_GPU)
     use_kernels(True)
     assert kernels_run(ON_GPU)
-    monkeypatch.setattr(kernels_spidr, "_available", False)
+    monkeypatch.setattr(kernels_spidr, "HAS_TRITON", False)
     assert not kernels_run(ON_GPU)
 
 
@@ -343,10 +343,10 @@ def test_labels_are_float32_however_tf32_was_switched_on(by, value):
     try:
         labels = nearest_codewords(tensor(2, 5, 8), tensor(2, 9, 8, seed=1))
         before = settings.fp32_precision
-        with kernels_spidr._true_float32():
+        with kernels_spidr.true_float32():
             assert settings.fp32_precision != "tf32"
         assert settings.fp32_precision == before == value
-        with pytest.raises(ValueError), kernels_spidr._true_float32():
+        with pytest.raises(ValueError), kernels_spidr.true_float32():
             raise ValueError
         assert settings.fp32_precision == before
     finally:

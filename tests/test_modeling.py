@@ -89,7 +89,7 @@ def test_objective_equals_the_obvious_form_also_when_padded(model):
     expected = reference.objective(model, rows, masks)
     model.train()
     got = model(batch, attention_mask, mask)
-    counts, sums = model._statistics.counts.clone(), model._statistics.sums.clone()
+    counts, sums = model.statistics.counts.clone(), model.statistics.sums.clone()
     model.discard_statistics()
     model.eval()
     if model.config.layerdrop:
@@ -277,7 +277,7 @@ def test_codebooks_and_targets_stay_float32(how, tmp_path):
                 for pair in zip(seen["labels"], seen["targets"].double(), strict=True)
             ]
         )
-        torch.testing.assert_close(model._statistics.sums.double(), exact, atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(model.statistics.sums.double(), exact, atol=1e-5, rtol=1e-6)
         model.update_teacher(1)
     assert seen["targets"].dtype == torch.float32
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
@@ -308,7 +308,7 @@ def test_updates_equal_the_obvious_form(variant):
     student = {name: p + 0.1 for name, p in model.spidr.encoder.named_parameters()}
     model.spidr.encoder.load_state_dict(student)
     model(torch.stack(waveforms((6000, 6000))))
-    counts, sums = model._statistics.counts.clone(), model._statistics.sums.clone()
+    counts, sums = model.statistics.counts.clone(), model.statistics.sums.clone()
     decay = model.update_teacher(3)
     reference.update_codebooks(
         old["codebooks.sums"], old["codebooks.counts"], sums, counts, model.config.codebook_decay
@@ -443,18 +443,18 @@ def test_spec_augment_masks_frames_and_channels_in_training_only():
         tiny_config(mask_time_prob=0.3, mask_time_length=4, mask_feature_prob=0.2, mask_feature_length=4)
     )
     hidden = torch.ones(3, 60, 48)
-    assert torch.equal(model.eval()._spec_augment(hidden, None), hidden)
+    assert torch.equal(model.eval().spec_augment(hidden, None), hidden)
     model.train()
     model.masked_spec_embed.data.fill_(2.0)
     lengths = torch.tensor([60, 30, 9])
-    masked = model._spec_augment(hidden, lengths)
+    masked = model.spec_augment(hidden, lengths)
     for row, length in zip(masked, lengths.tolist(), strict=True):
         frames = (row == 2).any(-1)
         assert not frames[length:].any()
         assert 4 <= frames.sum() <= 0.3 * length + 8
         assert 4 <= (row == 0).all(0).sum() <= 16
     model.config.apply_spec_augment = False
-    assert torch.equal(model._spec_augment(hidden, lengths), hidden)
+    assert torch.equal(model.spec_augment(hidden, lengths), hidden)
 
 
 @pytest.mark.parametrize(

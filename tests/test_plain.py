@@ -163,7 +163,7 @@ KINDS = ["forward_pre", "forward", "full_backward_pre", "full_backward"]
 def test_every_hook_runs_once_for_every_module(kind, hook, monkeypatch):
     # So short a limit that a plain extractor would run in pieces where nothing trains.
     monkeypatch.setattr(layers_spidr, "CHUNK_SAMPLES_CPU", 1000)
-    monkeypatch.setattr(cpu_spidr, "_PIECE_ROWS", 10)
+    monkeypatch.setattr(cpu_spidr, "PIECE_ROWS", 10)
     backward = "backward" in hook
     if backward and kind is SpidrForAudioTokenization:
         pytest.skip("units have no gradient")

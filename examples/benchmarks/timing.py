@@ -96,7 +96,7 @@ def inference_flops(config: SpidrConfig, rows: int, samples: int, num_layers: in
     """Multiplications and additions of products and convolutions, for `rows` utterances of `samples` samples."""
     frames = frame_lengths(config, samples)
     layers = config.num_hidden_layers if num_layers is None else num_layers
-    return rows * (_extractor_flops(config, samples) + _encoder_flops(config, frames, layers))
+    return rows * (extractor_flops(config, samples) + _encoder_flops(config, frames, layers))
 
 
 def training_flops(config: SpidrConfig, rows: int, samples: int, masked_share: float, frozen: bool = False) -> float:
@@ -105,7 +105,7 @@ def training_flops(config: SpidrConfig, rows: int, samples: int, masked_share: f
     encoder = _encoder_flops(config, frames, config.num_hidden_layers)
     first = 2 * _first_outputs(config, samples) * config.conv_dim[0] * config.conv_kernel[0]
     # The gradient of the waveform is not computed.
-    extractor = _extractor_flops(config, samples) * (1 if frozen else 3) - (0 if frozen else first)
+    extractor = extractor_flops(config, samples) * (1 if frozen else 3) - (0 if frozen else first)
     heads = 2 * config.num_codebooks * masked_share * frames * width * config.codebook_size
     return rows * (extractor + 4 * encoder + 4 * heads)
 
@@ -115,7 +115,7 @@ def _first_outputs(config: SpidrConfig, samples: int) -> int:
     return (samples - config.conv_kernel[0]) // config.conv_stride[0] + 1
 
 
-def _extractor_flops(config: SpidrConfig, samples: int) -> float:
+def extractor_flops(config: SpidrConfig, samples: int) -> float:
     flops, length, inputs = 0.0, samples, 1
     for channels, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
         length = (length - kernel) // stride + 1

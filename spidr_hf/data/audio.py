@@ -441,7 +441,7 @@ def unreadable_suffixes() -> dict[str, str]:
 
 
 @cache
-def _audio_decoder() -> Any:
+def audio_decoder() -> Any:
     """torchcodec's decoder; None where it is not installed, or finds no FFmpeg that it can use."""
     try:
         from torchcodec.decoders import AudioDecoder
@@ -455,7 +455,7 @@ def _further_decoder(source: Source, error: Exception, content: Any) -> Any:
 
     A damaged file of a format that libsndfile knows is not tried: what can be decoded of it would pass for the whole.
     """
-    if getattr(error, "code", None) != _UNKNOWN_FORMAT or (decoder := _audio_decoder()) is None:
+    if getattr(error, "code", None) != _UNKNOWN_FORMAT or (decoder := audio_decoder()) is None:
         return None
     try:
         found = decoder(source if isinstance(source, (str, Path, bytes)) else content())
@@ -509,7 +509,7 @@ def _unreadable(source: Source | None, name: str, error: Exception) -> AudioErro
         )
     reason = one_line(getattr(error, "error_string", None) or error, 300).rstrip(".") or type(error).__name__
     advice = "Leave it out or convert it."
-    if name.lower().endswith(FURTHER_SUFFIXES) and _audio_decoder() is None:
+    if name.lower().endswith(FURTHER_SUFFIXES) and audio_decoder() is None:
         advice = "Convert it, or install torchcodec and FFmpeg, which read such files."
     return AudioError(f"{shown(name)}: cannot be read as audio ({reason}). {advice}")
 

@@ -207,7 +207,7 @@ class Stream:
                     skipped += block.skipped
                     tried += len(block.skipped)
                 for number in range(done, len(batches)):
-                    utterances, more = self._decode(block, batches[number])
+                    utterances, more = self.decode(block, batches[number])
                     skipped += more
                     tried += len(batches[number])
                     if utterances:
@@ -234,7 +234,7 @@ class Stream:
         order, bounds, shuffled = shuffled_batches(lengths, buckets, data.max_batch_length, data.enable_padding, rng)
         return [order[bounds[i] : bounds[i + 1]] for i in shuffled]
 
-    def _decode(
+    def decode(
         self, block: Block, members: np.ndarray
     ) -> tuple[list[tuple[tuple[int, int], int, np.ndarray]], list[Skipped]]:
         """(name, length, prepared waveform) of what can be decoded, and what cannot."""

@@ -28,8 +28,8 @@ from ..system.tables import column_lines, interval
 FREQUENCY = 50  # frames per second
 _COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")
 Distance = Literal["angular", "identical"]
-_PAIRS_AT_ONCE = 20_000
-_VALUES_AT_ONCE = 1 << 25  # of the frames of one side of the pairs
+PAIRS_AT_ONCE = 20_000
+VALUES_AT_ONCE = 1 << 25  # of the frames of one side of the pairs
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ def token_distances(
     order = np.argsort(longest, kind="stable")  # pairs of similar length, so that little is padded
     first = 0
     while first < len(order):
-        chunk = order[first : first + _PAIRS_AT_ONCE]
-        chunk = chunk[: max(1, _VALUES_AT_ONCE // (int(longest[chunk[-1]]) * frames.shape[1]))]
+        chunk = order[first : first + PAIRS_AT_ONCE]
+        chunk = chunk[: max(1, VALUES_AT_ONCE // (int(longest[chunk[-1]]) * frames.shape[1]))]
         width = int(longest[chunk[-1]])
         r, c = (torch.from_numpy(pairs[chunk]).to(frames.device) for pairs in (rows, columns))
         offsets = torch.arange(width, device=frames.device)
@@ -260,7 +260,7 @@ def abx(
         if plan := list(_plan_cells(members, speaker, max_x_across, rng)):
             waiting.append(_Group(members, plan))
         # Many contexts hold few tokens: their pairs are computed together.
-        if sum(len(group.rows) for group in waiting) >= _PAIRS_AT_ONCE:
+        if sum(len(group.rows) for group in waiting) >= PAIRS_AT_ONCE:
             score_waiting()
     if waiting:
         score_waiting()

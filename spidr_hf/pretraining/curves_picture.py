@@ -17,7 +17,7 @@ from ..training.observers import Observer
 from ..training.planning import NOTE, Line
 
 # What it runs; as a file, since importing the package would take longer than drawing.
-_DRAWING = Path(__file__).resolve().parent.parent / "plots" / "curves.py"
+DRAWING = Path(__file__).resolve().parent.parent / "plots" / "curves.py"
 _LOWEST = 19
 
 
@@ -39,7 +39,7 @@ class CurvesPicture(Observer):
         self._seconds = 60 * minutes
         self._enabled = minutes > 0 and importlib.util.find_spec("matplotlib") is not None
         options = [str(self.run_dir), str(model.first_codebook_layer), str(model.codebook_size)]
-        self._command = [sys.executable, "-P", str(_DRAWING), *options]
+        self._command = [sys.executable, "-P", str(DRAWING), *options]
         self._process: Any = None  # a Popen, once there is one
         self._last = time.monotonic()
         for left in self.run_dir.glob(".curves.*.partial.png"):  # of a run that was killed

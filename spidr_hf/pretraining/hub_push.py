@@ -56,7 +56,7 @@ class HubPush(Observer):
         self._pushed = ""
         for left in self._output_dir.glob(f"{_STAGED}*"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
-        self._next: Path | None = None  # a folder in wait, ours to remove
+        self.waiting: Path | None = None  # a folder in wait, ours to remove
         self._message = ""
         self._changed = threading.Condition()
         self._closing = False
@@ -115,18 +115,18 @@ class HubPush(Observer):
 
     def _enqueue(self, folder: Path, message: str) -> None:
         with self._changed:
-            if self._next is not None:
-                shutil.rmtree(self._next, ignore_errors=True)
-            self._next, self._message = folder, message
+            if self.waiting is not None:
+                shutil.rmtree(self.waiting, ignore_errors=True)
+            self.waiting, self._message = folder, message
             self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._next is not None or self._closing)
-                if self._next is None:
+                self._changed.wait_for(lambda: self.waiting is not None or self._closing)
+                if self.waiting is None:
                     return
-                folder, message, self._next = self._next, self._message, None
+                folder, message, self.waiting = self.waiting, self._message, None
             try:
                 api = HfApi()
                 api.create_repo(self.repo, private=True, exist_ok=True)

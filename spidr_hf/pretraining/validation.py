@@ -211,11 +211,11 @@ class ValidationSet:
         )
         try:
             with torch.no_grad(), _eager(model), bar:
-                loaded = read_ahead(batches, self._read, self._threads)
+                loaded = read_ahead(batches, self.read, self._threads)
                 for _ in range(rounds):
                     if (batch := next(loaded, None)) is not None:
                         with precision or nullcontext():
-                            totals.add(self._batch(model, batch))
+                            totals.add(self.totals_of(model, batch))
                         bar.update(len(batch))
                     if interrupted():
                         return None
@@ -241,7 +241,7 @@ class ValidationSet:
             return None
         return masked_frames(np.array([frames]), self.spans, self._rng(_MASK, self.seed, fileid))[0]
 
-    def _batch(self, model: SpidrForPretraining, batch: Sequence[Utterance | Skipped]) -> Totals:
+    def totals_of(self, model: SpidrForPretraining, batch: Sequence[Utterance | Skipped]) -> Totals:
         utterances = [entry for entry in batch if isinstance(entry, Utterance)]
         totals = Totals.empty(model.config.num_codebooks, model.config.codebook_size)
         totals.skipped = [entry for entry in batch if isinstance(entry, Skipped)]
@@ -309,7 +309,7 @@ class ValidationSet:
                 for layer, sequence in units.items():
                     totals.units.setdefault(layer, {})[fileid] = sequence.numpy().astype(np.int32)
 
-    def _read(self, index: int) -> Utterance | Skipped:
+    def read(self, index: int) -> Utterance | Skipped:
         fileid = self.source.fileid(index)
         try:
             waveform = self.source.read(index)

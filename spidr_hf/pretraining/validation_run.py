@@ -240,7 +240,7 @@ class RunFollower:
     def state(self) -> str:
         """What there is, for a message."""
         names = ", ".join(validation.name for validation in self.sets)
-        if not (folders := self._folders()):
+        if not (folders := self.folders()):
             return f"{self.run_dir} has no checkpoint yet."
         return f"all {len(folders)} checkpoints of {self.run_dir} are validated on {names} or were passed over."
 
@@ -251,7 +251,7 @@ class RunFollower:
 
     def validate_next(self) -> bool:
         """Validate the earliest checkpoint for which there is anything to do; False where there is none."""
-        for step, folder, checksum in self._folders():
+        for step, folder, checksum in self.folders():
             due = [validation for validation in self.sets if not self.file.has(step, validation, checksum)]
             if due and (step, checksum) not in self._passed_over:
                 self._validate(step, folder, checksum, due)
@@ -260,7 +260,7 @@ class RunFollower:
 
     def _validate(self, step: int, folder: Path, checksum: str | None, due: Sequence[ValidationSet]) -> None:
         try:
-            self._load(folder)
+            self.load(folder)
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = f"is damaged ({error})" if folder.exists() else "was deleted while it was read (run.keep_latest)"
             self.say(f"{folder} {reason} and is passed over.")
@@ -268,7 +268,7 @@ class RunFollower:
             return
         logged: dict[str, float] = {}
         for validation in due:
-            scores: Any = validation.evaluate(self._model, self._precision())  # type: ignore[arg-type]  # it is loaded
+            scores: Any = validation.evaluate(self._model, self.precision())  # type: ignore[arg-type]  # it is loaded
             row = _row(step, validation, scores, checksum or "final")
             self.file.write(row)
             logged |= _curves(row)
@@ -287,7 +287,7 @@ class RunFollower:
         and the one that it is of already."""
         set_name, _, score = self._select.rpartition("/")
         validation = next(v for v in self.sets if v.name == (set_name or self.sets[0].name))
-        folders = {step: folder for step, folder, _ in self._folders()}
+        folders = {step: folder for step, folder, _ in self.folders()}
         rows = [row for row in self.file.rows() if row["name"] == validation.name and row["step"] in folders]
         rows = [row for row in rows if row["data"] == validation.fingerprint]
         if rows and score not in rows[-1]:
@@ -305,7 +305,7 @@ class RunFollower:
         if kept | choice == kept and isinstance(value, float) and sign * value <= sign * values[step]:
             return
         try:
-            self._load(folders[step])
+            self.load(folders[step])
         except (OSError, SafetensorError, RuntimeError):
             return  # it was deleted meanwhile
         summary = f"Step {step} of a run, the best by {score} ({values[step]:.4g}) on {validation.name}."
@@ -326,7 +326,7 @@ class RunFollower:
             rows = self.file.rows()
             save_figure(validation_figure(rows, self.config.model.first_codebook_layer), self.run_dir / PLOT_NAME)
 
-    def _folders(self) -> list[tuple[int, Path, str | None]]:
+    def folders(self) -> list[tuple[int, Path, str | None]]:
         """Step, folder and checksum of the weights of every checkpoint; and of `final` (checksum None) where its step
         has no checkpoint."""
         steps = self._checkpoints.steps()
@@ -339,14 +339,14 @@ class RunFollower:
         final = final_step(self.run_dir)
         return folders if final is None or final in steps else [*folders, (final, self.run_dir / "final", None)]
 
-    def _load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> None:
         # Not mapped into memory: reading on in a mapped file that is deleted on a network file system kills a process.
         tensors = load((folder / MODEL_FILE).read_bytes())
         if self._model is None:
             self._model = SpidrForPretraining(self.config.model).to(self.device).eval()
         self._model.load_state_dict(tensors)
 
-    def _precision(self) -> torch.autocast:
+    def precision(self) -> torch.autocast:
         dtype = self._dtype or self.config.optimizer.dtype
         if dtype == "float32" or (dtype == "float16" and self.device.type == "cpu"):
             return torch.autocast(self.device.type, enabled=False)

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 _LONGEST_NAME = 200
 _LONGEST_LINE = 2000
 _LINE_END = re.compile(r"[ \t]*[\r\n]\s*")
-_WARNED: set[str] = set()
+WARNED: set[str] = set()
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 3
 _REPR.maxstring = _REPR.maxother = 100
@@ -46,8 +46,8 @@ def one_line(message: Any, longest: int = _LONGEST_LINE) -> str:
 
 def warn_once(kind: str, message: str) -> None:
     """A warning, of which this process needs one of its kind."""
-    if kind not in _WARNED:
-        _WARNED.add(kind)
+    if kind not in WARNED:
+        WARNED.add(kind)
         logger.warning("%s", message)
 
 

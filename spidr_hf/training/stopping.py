@@ -19,10 +19,10 @@ from ..system.host_copy import HostCopy
 _GRACE_SECONDS = 120
 
 
-_WRITING_SECONDS = 1800
+WRITING_SECONDS = 1800
 
 
-_LOOK_SECONDS = 2.0
+LOOK_SECONDS = 2.0
 
 
 # What asks a run to stop.
@@ -92,9 +92,9 @@ class StopSignal:
 
     def _put_off(self) -> None:
         """Put the end off for as long as something is written."""
-        limit = time.monotonic() + _WRITING_SECONDS
+        limit = time.monotonic() + WRITING_SECONDS
         while time.monotonic() < limit:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(LOOK_SECONDS)
             if any(is_writing(folder) for folder in self._folders) and signal.alarm(_GRACE_SECONDS) == 0:
                 signal.alarm(0)  # there was none any more: it was called off
                 return

@@ -17,16 +17,16 @@ class BatchMover:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: "Batch") -> "Batch":
         """The batch with its tensors on the device, for use on the current stream."""
-        if self._stream is None:
+        if self.stream is None:
             return batch.to(self.device)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             moved = batch.to(self.device)
         current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self._stream)  # the GPU waits, Python does not
+        current.wait_stream(self.stream)  # the GPU waits, Python does not
         for tensor in moved.inputs.values():
             # Their memory belongs to the other stream, which must not reuse it while this one still reads.
             tensor.record_stream(current)

@@ -35,7 +35,7 @@ BATCH_SECONDS = 60.0
 BATCH_SECONDS_GPU = 600.0
 _SAMPLING_RATE = 16_000
 _NO_UNIT = -1  # where there is nothing to choose from
-_BLOCK = 1 << 22  # samples standardised at a time
+BLOCK = 1 << 22  # samples standardised at a time
 
 # (input_values B x S, attention_mask B x S or None) -> for each layer a tensor of B x T, or B x T x H
 Outputs = Callable[[Tensor, Tensor | None], Mapping[int, Tensor]]
@@ -248,19 +248,19 @@ class Extractor:
             raise AudioError(
                 f"{len(waveform)} samples are too short: one frame needs {self.receptive_field}. Leave it out."
             )
-        if len(waveform) <= _BLOCK or waveform.dtype != np.float32 or not self.feature_extractor.do_normalize:
+        if len(waveform) <= BLOCK or waveform.dtype != np.float32 or not self.feature_extractor.do_normalize:
             values = self.feature_extractor(waveform, sampling_rate=_SAMPLING_RATE)["input_values"][0]
             return np.asarray(values, dtype=np.float32)
         # The same in blocks: hours of audio in float64 would need three times the memory of the recording.
-        starts = range(0, len(waveform), _BLOCK)
-        mean = sum(waveform[i : i + _BLOCK].sum(dtype=np.float64) for i in starts) / len(waveform)
-        squares = sum(float(np.square(waveform[i : i + _BLOCK] - mean).sum()) for i in starts)
+        starts = range(0, len(waveform), BLOCK)
+        mean = sum(waveform[i : i + BLOCK].sum(dtype=np.float64) for i in starts) / len(waveform)
+        squares = sum(float(np.square(waveform[i : i + BLOCK] - mean).sum()) for i in starts)
         if not np.isfinite(squares):
             raise AudioError("It has non-finite samples (NaN or infinity): repair the recording or leave it out.")
         scale = 1.0 / np.sqrt(squares / len(waveform) + self.feature_extractor.norm_eps)
         standardized = np.empty_like(waveform)
         for i in starts:
-            standardized[i : i + _BLOCK] = (waveform[i : i + _BLOCK] - mean) * scale
+            standardized[i : i + BLOCK] = (waveform[i : i + BLOCK] - mean) * scale
         return standardized
 
     def __call__(self, waveforms: Sequence[np.ndarray]) -> list[dict[int, Tensor]]:

@@ -65,7 +65,7 @@ def test_resampling(tmp_path, rate):
 @pytest.fixture
 def torchcodec():
     """torchcodec's decoder, which must come with an FFmpeg that it can load."""
-    decoder = audio._audio_decoder()
+    decoder = audio.audio_decoder()
     if decoder is None:
         pytest.skip("torchcodec, or an FFmpeg that it can use, is not installed")
     return decoder
@@ -129,7 +129,7 @@ def test_damaged_files_of_such_formats_are_named(convert, tmp_path, waveform):
 
 
 def test_without_torchcodec_the_message_names_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio, "_audio_decoder", lambda: None)
+    monkeypatch.setattr(audio, "audio_decoder", lambda: None)
     (tmp_path / "a.m4a").write_bytes(b"nothing" * 100)
     with pytest.raises(AudioError, match=r"a\.m4a: cannot be read as audio .* install torchcodec and FFmpeg"):
         read_audio(tmp_path / "a.m4a")

@@ -82,13 +82,13 @@ def streams(settings, count: int) -> list[Stream]:
 def heard(stream: Stream, epochs: int) -> list[Counter]:
     """How often each utterance, known by its length, is decoded in every epoch of a stream."""
     counts = [Counter() for _ in range(epochs)]
-    decode = stream._decode
+    decode = stream.decode
 
     def watch(block, members):
         counts[min(block.begin.epoch, epochs - 1)].update(block.lengths[i] for i in members)
         return decode(block, members)
 
-    stream._decode = watch
+    stream.decode = watch
     for batch in stream:
         if batch.key.epoch >= epochs - 1:
             return counts[:-1]
@@ -150,8 +150,8 @@ def test_resuming_continues_at_the_very_next_batch(folder, saved, kind, world_si
         running = loader(settings, rank=rank, world_size=world_size)
         for batch in islice(running, 30):
             whole.append(batch)
-            own = {"taken": running._taken, "places": list(running._places)}
-            states.append(json.dumps({**running.state(), "ranks": [own] * world_size}))
+            state = running.state()
+            states.append(json.dumps({**state, "ranks": state["ranks"] * world_size}))
         assert max(batch.key.epoch for batch in whole) >= 1
         for taken in (1, 2, 3, 5, 7, 12, 17, 25) if workers == 0 else (4, 11):
             state = TrainerState(stream=json.loads(states[taken - 1]))
@@ -184,7 +184,7 @@ def test_another_layout_is_refused(folder):
             loader(settings, trained, **layout)
     # Other audio begins at its beginning.
     trained.stream["data"] = "other"
-    assert loader(config(folder, num_workers=3), trained)._taken == 0
+    assert loader(config(folder, num_workers=3), trained).state()["ranks"][0]["taken"] == 0
 
 
 def test_what_cannot_be_used_is_skipped_and_named(tmp_path):

@@ -42,8 +42,8 @@ def test_the_obvious_form(seed, speaker, context, monkeypatch):
     options = {"speaker": speaker, "context": context, "max_size_group": None, "max_x_across": None}
     assert abx(tokens, features, **options) == pytest.approx(expected, abs=1e-6)
     # Whatever is computed at a time.
-    monkeypatch.setattr("spidr_hf.evaluation.abx._PAIRS_AT_ONCE", 5)
-    monkeypatch.setattr("spidr_hf.evaluation.abx._VALUES_AT_ONCE", 100)
+    monkeypatch.setattr("spidr_hf.evaluation.abx.PAIRS_AT_ONCE", 5)
+    monkeypatch.setattr("spidr_hf.evaluation.abx.VALUES_AT_ONCE", 100)
     assert abx(tokens, features, **options) == pytest.approx(expected, abs=1e-6)
 
 

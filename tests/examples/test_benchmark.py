@@ -149,7 +149,7 @@ def test_inference_is_counted_as_torch_counts_it():
     frames = model._get_feat_extract_output_lengths(samples)
     with FlopCounterMode(display=False) as counter:
         model.encoder(torch.randn(3, frames, model.config.hidden_size))
-    encoder = inference_flops(model.config, 3, samples) - 3 * timing._extractor_flops(model.config, samples)
+    encoder = inference_flops(model.config, 3, samples) - 3 * timing.extractor_flops(model.config, samples)
     assert counter.get_total_flops() == pytest.approx(encoder, rel=0.02)
 
 

@@ -65,7 +65,7 @@ def run(late: bool, poisoned: set[int], *, max_nonfinite: int = 10, steps: int =
         statistics = model.reduce_statistics()
         if step in poisoned:
             model.heads.bias.grad[0, 0] = math.nan
-            model._statistics.sums.fill_(math.nan)
+            model.statistics.sums.fill_(math.nan)
         updates.make(
             step,
             micro_batches,

@@ -160,7 +160,7 @@ def test_a_row_gives_what_it_gives_alone(config):
     for index in range(7):
         alone = only(dev(config), index)
         with torch.no_grad():
-            totals.add(alone._batch(model, [alone._read(index)]))
+            totals.add(alone.totals_of(model, [alone.read(index)]))
     expected = totals.scores()
     assert together["utterances"] == 7 and together["aligned_utterances"] == 6
     assert together.keys() - expected.keys() == {"per", "f1", "r_val"}  # of all units and phones together
@@ -175,13 +175,13 @@ def test_masks_and_crops_depend_on_the_utterance_alone(config, audio, tmp_path):
         (tmp_path / "part" / f"{index}.wav").unlink()
     part = dev(config, manifest=str(tmp_path / "part"), alignments_path=None)
     position = [part.source.fileid(i) for i in range(len(part.source))].index("6")
-    ours, theirs = whole._read(6), part._read(position)
+    ours, theirs = whole.read(6), part.read(position)
     assert len(ours.crop) == 8_000 < len(ours.waveform) and theirs.waveform is None
     assert np.array_equal(ours.crop, theirs.crop)
     assert np.array_equal(whole.masked_frames("6", 24), part.masked_frames("6", 24))
     assert not np.array_equal(whole.masked_frames("6", 24), whole.masked_frames("5", 24))
     assert whole.fingerprint != part.fingerprint and whole.fingerprint == dev(config).fingerprint
-    assert dev(config, rand_crop=False)._read(6).crop[0] == dev(config)._read(6).waveform[0]
+    assert dev(config, rand_crop=False).read(6).crop[0] == dev(config).read(6).waveform[0]
     assert {dev(config, **change).fingerprint for change in ({"rand_crop": False}, {"normalize": False})}.isdisjoint(
         {whole.fingerprint}
     )
@@ -192,7 +192,7 @@ def test_the_model_stays_as_it_was(config):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.get_rng_state()
     assert dev(config).evaluate(model)["loss"] > 0
-    assert model.training and not model.teacher.training and model._statistics is None
+    assert model.training and not model.teacher.training and model.statistics is None
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -395,14 +395,14 @@ def test_a_checkpoint_that_is_deleted_or_damaged_is_passed_over(run, monkeypatch
     said: list[str] = []
     (run / "checkpoints" / "step_9" / "model.safetensors").write_bytes(b"half a file")
     (run / "checkpoints" / "step_3" / "trainer_state.json").unlink()  # on its way out
-    load = RunFollower._load
+    load = RunFollower.load
 
     def deleted(self, folder):
         if folder.name == "step_6":
             shutil.rmtree(folder)
         load(self, folder)
 
-    monkeypatch.setattr(RunFollower, "_load", deleted)
+    monkeypatch.setattr(RunFollower, "load", deleted)
     follower = RunFollower(run, say=said.append)
     assert follower.catch_up() == 3 and steps(run) == [12] and follower.catch_up() == 0
     assert any("step_6 was deleted while it was read" in line for line in said)
@@ -535,11 +535,11 @@ def test_inline_validation_disturbs_nothing(pretrain, options):
     assert file.rows()[-2]["checkpoint"] is None and file.rows()[0]["loss"] > file.rows()[-2]["loss"]
     # Those who follow the run find it done, and their numbers are the same.
     follower = RunFollower(folder, say=lambda _: None)
-    assert [step for step, *_ in follower._folders()] == [3, 6, 9, 12]
+    assert [step for step, *_ in follower.folders()] == [3, 6, 9, 12]
     assert follower.catch_up() == 3
     model = model_of(load_config(folder / "config.toml"))
     model.load_state_dict(load_file(folder / "final" / "model.safetensors"))
-    again = follower.sets[0].evaluate(model, follower._precision())
+    again = follower.sets[0].evaluate(model, follower.precision())
     assert file.rows()[-2]["loss"] == pytest.approx(again["loss"], rel=1e-6)
     assert told(folder / "final")["dev", "PNMI, layer 3"] == pytest.approx(again["pnmi"][0], abs=1e-4)
 

@@ -67,7 +67,7 @@ def test_it_is_drawn_by_another_process_as_the_run_goes(tmp_path, monkeypatch):
 
     broken = tmp_path / "broken.py"
     broken.write_text("raise OSError('no room for pictures')")
-    monkeypatch.setattr(curves_picture, "_DRAWING", broken)
+    monkeypatch.setattr(curves_picture, "DRAWING", broken)
     CurvesPicture(tmp_path, model, 1, said.append).finish()
     assert "no room for pictures" in said[-1]
     CurvesPicture(tmp_path, model, 0, said.append).finish()
@@ -190,12 +190,12 @@ def test_only_the_newest_waits(config, tmp_path, hub):
         (folder / "model.safetensors").write_bytes(bytes([step]))
         push.saved(folder)
         if step == 1:
-            while push._next is not None:  # the first is being uploaded
+            while push.waiting is not None:  # the first is being uploaded
                 time.sleep(0.01)
         (folder / "model.safetensors").unlink()
     push.saved(tmp_path / "step_4")  # not there: said, and no more
     hub.gate.set()
-    while push._next is not None or len(hub.uploads) < 2:
+    while push.waiting is not None or len(hub.uploads) < 2:
         time.sleep(0.01)
     final = tmp_path / "final"
     final.mkdir()

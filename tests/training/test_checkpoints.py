@@ -384,7 +384,7 @@ def test_signals_ask_to_stop(number):
 SLOW_TO_STOP = """
 import os, signal, time
 from pathlib import Path
-stopping._GRACE_SECONDS, stopping._WRITING_SECONDS, stopping._LOOK_SECONDS = 4, {limit}, 0.1
+stopping._GRACE_SECONDS, stopping.WRITING_SECONDS, stopping.LOOK_SECONDS = 4, {limit}, 0.1
 folder = Path(sys.argv[1])
 stop = stopping.StopSignal(folders=[folder])
 model = run_state.nn.Linear(2, 2)
@@ -424,8 +424,8 @@ def test_a_slow_disk_has_more_time(tmp_path):
 def test_the_end_is_put_off_while_a_folder_is_written(tmp_path, monkeypatch):
     alarms = []
     monkeypatch.setattr(signal, "alarm", lambda seconds: alarms.append(seconds) or 60)
-    monkeypatch.setattr("spidr_hf.training.stopping._LOOK_SECONDS", 0.01)
-    monkeypatch.setattr("spidr_hf.training.stopping._WRITING_SECONDS", 2.0)
+    monkeypatch.setattr("spidr_hf.training.stopping.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("spidr_hf.training.stopping.WRITING_SECONDS", 2.0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         stop = StopSignal(folders=[tmp_path, tmp_path / "none"])

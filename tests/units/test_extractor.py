@@ -141,7 +141,7 @@ def test_recordings_are_standardised_whole_also_in_blocks(monkeypatch):
     extractor = Extractor(tiny_model(), EXTRACTOR, unit_outputs(tiny_model()))
     waveform = 0.01 * noise(2) + 0.3
     expected, original = EXTRACTOR.standardize(waveform), waveform.copy()
-    monkeypatch.setattr("spidr_hf.units.extractor._BLOCK", 10_000)
+    monkeypatch.setattr("spidr_hf.units.extractor.BLOCK", 10_000)
     np.testing.assert_allclose(extractor.standardize(waveform), expected, atol=1e-5)
     np.testing.assert_array_equal(waveform, original)
     waveform[7] = np.nan
