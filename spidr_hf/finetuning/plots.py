@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..plots.curves import FAINT, INK
+from ..plots.curves import FAINT, chart
 
 _COLOURS = ("#d9604c", "#2fa39a", "#4f86c6", "#f2a93b")
 _PREFIX = "valid_"
@@ -37,9 +37,9 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], best_step: int | None = Non
     if best_step is not None:
         right.axvline(best_step, color=FAINT, lw=1, ls=(0, (4, 3)), label="kept")
     for axes, title in ((left, "Loss"), (right, "Validation, %")):
-        _style(axes, title, "step")
         if axes.lines:
-            axes.legend(frameon=False, labelcolor=INK)
+            axes.legend()
+        chart(axes, title, "step")
     return figure
 
 
@@ -50,18 +50,8 @@ def layer_weights_figure(weights: Sequence[float]) -> Figure:
     axes.bar(range(len(weights)), weights, color=_COLOURS[1])
     axes.axhline(1 / len(weights), color=FAINT, lw=1, ls=(0, (4, 3)))
     axes.set_xticks(range(len(weights)), ["input", *map(str, range(1, len(weights)))])
-    _style(axes, "Weights of the layers' outputs", "layer")
+    chart(axes, "Weights of the layers' outputs", "layer")
     return figure
-
-
-def _style(axes: Any, title: str, xlabel: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
-    axes.set_xlabel(xlabel, color=INK)
-    axes.tick_params(colors=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(FAINT)
-    axes.grid(axis="y", color="#e8ebee", lw=0.8)
-    axes.set_axisbelow(True)
 
 
 __all__ = ["curves_figure", "layer_weights_figure"]

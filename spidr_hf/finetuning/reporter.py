@@ -1,78 +1,52 @@
 """What a fine-tuning run says: metrics.jsonl, the progress bar, lines on the screen, and which step was the best."""
 
 import math
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from tqdm import tqdm
 
-from ..configuration_spidr import SAMPLING_RATE
-from ..data.batches import SkippedFiles
-from ..system.processes import gather_all
 from ..training.checkpoints import TrainerState
-from ..training.metrics import Averages, MetricsFile, read_rows
-from .batches import LabelledBatch
+from ..training.metrics import read_rows
+from ..training.reporting import RunReport, say_above_bar
 from .settings import Settings
 
 _MAX_SKIPPED = 0.5  # of the utterances tried
 
 
-class Reporter:
+class Reporter(RunReport):
     """metrics.jsonl, the progress bar, unusable audio, and which step was the best so far."""
 
-    def __init__(self, folder: Path, settings: Settings, state: TrainerState, is_main: bool):
-        self.settings = settings
-        self.averages = Averages(state.metrics.get("averages"))
+    def __init__(self, folder: Path, settings: Settings, state: TrainerState):
+        self._interval = settings.log_interval
         self._best: float | None = state.metrics.get("best")
-        self._file = MetricsFile(folder / "metrics.jsonl", state.step) if is_main else None
-        skipped = folder / "skipped.jsonl" if is_main else None
-        self.skipped = SkippedFiles(skipped, _MAX_SKIPPED, "the share that may be left out")
-        self._bar = tqdm(
-            total=settings.steps,
-            initial=state.step,
-            desc="Fine-tuning",
-            unit="step",
-            disable=not is_main,
-            mininterval=1,
+        super().__init__(
+            folder,
+            PartialState(),
+            step=state.step,
+            steps=settings.steps,
+            title="Fine-tuning",
+            averages=state.metrics.get("averages"),
+            max_skipped=_MAX_SKIPPED,
+            limit="the share that may be left out",
         )
-        self._restart()
-
-    def batch(self, batch: LabelledBatch) -> None:
-        """Take note of a batch of this process."""
-        self._samples += batch.audio_samples
-        self.skipped.add(batch.skipped, len(batch.key.utterances))
 
     def update(self, step: int, epoch: int, lr: float, scores: Mapping[str, float]) -> None:
-        """Take note of an update, and write the row of a logged or validated step."""
-        self._bar.update()
-        if step % self.settings.log_interval and not scores:
+        """Take note of an update, and write the row of a logged or validated step.
+
+        Raises `AudioError` when too much of the audio cannot be used.
+        """
+        self.bar.update()
+        if step % self._interval and not scores:
             return
-        means = self.averages.means()
-        processes = PartialState().num_processes
-        samples = sum(gather_all([self._samples]))
-        row = {
-            "step": step,
-            "epoch": epoch + 1,
-            "loss": means.get("loss"),
-            "grad_norm": means.get("grad_norm"),
-            "lr": lr,
-            "audio_seconds_per_second": samples / SAMPLING_RATE / (time.perf_counter() - self._since),
-            "world_size": processes,
-            **{f"valid_{name}": value for name, value in scores.items()},
-        }
-        if self._file is not None:
-            self._file.write(row)
+        valid = {f"valid_{name}": value for name, value in scores.items()}
+        row = self.write_row(step, epoch, ("loss", "grad_norm"), {"lr": lr}, valid)
+        loss = math.nan if row["loss"] is None else row["loss"]
         if scores:
             values = ", ".join(f"{name} {shown(name, value)}" for name, value in scores.items())
-            say(f"Step {step}: training loss {means.get('loss', math.nan):.3f}; validation {values}")
-        if means:
-            self._bar.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
-        self.averages.reset()
-        self._restart()
+            say(f"Step {step}: training loss {loss:.3f}; validation {values}")
+        self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
     def is_best(self, step: int, value: float, lower_is_better: bool) -> bool:
         """Whether this is the best score so far (of equals the later is better)."""
@@ -84,15 +58,6 @@ class Reporter:
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
         return {"averages": self.averages.state(), "best": self._best}
-
-    def close(self) -> None:
-        """End of the updates."""
-        self._bar.close()
-        if self._file is not None:
-            self._file.close()
-
-    def _restart(self) -> None:
-        self._samples, self._since = 0, time.perf_counter()
 
 
 def best_step(folder: Path, metric: str, lower_is_better: bool) -> int:
@@ -119,8 +84,7 @@ def describe_scores(results: Mapping[str, Any]) -> str:
 
 def say(message: str) -> None:
     """Print a line above the progress bar, from the first process only."""
-    if PartialState().is_main_process:
-        tqdm.write(message, file=sys.stderr)
+    say_above_bar(message, PartialState().is_main_process)
 
 
 __all__ = ["Reporter", "best_step", "describe_scores", "say"]
