@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..data.sources import AudioSource, Skipped
 from ..system.errors import RunFolderError
-from ..system.files import write_text
+from ..system.files import naming, write_text
 from ..system.processes import RunLock
 from ..system.tables import json_lines
 from .extractor import Extractor, Throughput, extract, plan_batches
@@ -215,7 +215,7 @@ def _extract_part(
     bar = tqdm(
         total=total, desc="Extracting", unit=" s of audio", bar_format=layout, disable=not progress, smoothing=0.05
     )
-    with journal_path.open("w", encoding="utf-8") as journal, bar:
+    with naming(journal_path), journal_path.open("w", encoding="utf-8") as journal, bar:
         for batch in extract(source, extractor, batches, threads=threads):
             for index, result in batch.results:
                 store.add(store.names[index], result, journal)
