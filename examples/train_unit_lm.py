@@ -40,7 +40,7 @@ from transformers import (
 
 from spidr_hf import __version__
 from spidr_hf.system.commands import clear_errors, user_path
-from spidr_hf.system.files import file_hash, replaced_folder, write_text
+from spidr_hf.system.files import file_hash, naming, replaced_folder, write_text
 from spidr_hf.system.processes import RunLock, from_first, start_processes
 from spidr_hf.training.checkpoints import begins_anew, set_aside
 from spidr_hf.training.folder_settings import keep_settings
@@ -133,7 +133,8 @@ def main() -> None:
         if newest is not None and step_of(newest) >= args.steps:  # Trainer would make one step more
             trainer.model = AutoModelForCausalLM.from_pretrained(newest).to(trainer.args.device)
         else:
-            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+            with naming(checkpoints):
+                trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
         if trainer.is_world_process_zero():
             finish(args, trainer.accelerator.unwrap_model(trainer.model), tokenizer, train, valid, num_units)
 

@@ -20,6 +20,7 @@ _UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 _NOT_ALLOWED = {errno.EPERM, errno.EACCES, errno.EROFS}
 # Folders of some disks are no files that one could open or wait for.
 _NO_FOLDERS = {errno.EBADF, errno.EISDIR}
+_TORCH_WRITER = "inline_container.cc"
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _LONGEST_STEM = 60
 _LONGEST_NAME = 200  # bytes; file systems take 255 with what is put around it
@@ -34,17 +35,40 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
     An `OSError` from here names the file.
     """
     path = Path(path)
-    # A name as long as `path`'s and more may be longer than disks allow.
-    stem = os.fsdecode(os.fsencode(path.stem)[:_LONGEST_STEM])
-    partial = path.with_name(f".{stem}.{os.getpid()}.partial{path.suffix}")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(path) as partial:
+            try:
+                yield partial
+                publish(partial)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A hidden file beside `path`, of the same name each time: what a killed process left there is written over.
+
+    While a living process writes under that name, it is one that nobody else has.
+    """
+    # A name as long as `path`'s and more may be longer than disks allow.
+    stem = os.fsdecode(os.fsencode(path.stem)[:_LONGEST_STEM])
+    partial = path.with_name(f".{stem}{_SUFFIX}{path.suffix}")
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
         try:
-            yield partial
-            publish(partial)
-            partial.replace(path)
-        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who had the lock may have renamed the file since.
+            ours = partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())
+        except BlockingIOError:
+            ours = False
+        except OSError:  # no locks here: nobody writes under this name
+            ours = False
             partial.unlink(missing_ok=True)
+        yield partial if ours else path.with_name(f".{stem}.{secrets.token_hex(4)}{_SUFFIX}{path.suffix}")
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -175,6 +199,10 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), os.fspath(path)) from error
+    except RuntimeError as error:  # PyTorch's writer counts what is missing, and hides why
+        if _TORCH_WRITER not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path)) from error
 
 
 def is_writing(folder: str | os.PathLike) -> bool:

@@ -49,7 +49,7 @@ COMMANDS: dict[str, Callable[[Path, Path], list[object]]] = {
     ],
     "train_kmeans": lambda given, out: [given / "features" / "2", out / "kmeans.safetensors", "--clusters", 4],
     "evaluate_units": lambda given, out: [
-        *(given / "units" / "4", given / "alignments.jsonl", "--json", out / "scores.json", "--plot", out / "plot.png"),
+        *(given / "units", given / "alignments.jsonl", "--json", out / "scores.json", "--plot", out / "plot.png"),
     ],
     "plot_units": lambda given, out: [given / "audio", given / "units", out / "picture.png"],
     "train_unit_lm": lambda given, out: [

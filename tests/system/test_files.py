@@ -168,3 +168,35 @@ def test_of_a_block_that_fails_no_folder_above_is_left(tmp_path):
         (folder / "file").touch()
         raise ValueError("as it is")
     assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_of_a_file_is_written_over(tmp_path):
+    child = os.fork()
+    if not child:
+        with replaced_file(tmp_path / "a.json") as partial:
+            partial.write_text("x" * 100)
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]  # its temporary one
+    write_text(tmp_path / "a.json", "{}")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "{}"}
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_that_write_one_file_leave_each_other_alone(tmp_path, monkeypatch, locks):
+    if not locks:
+        monkeypatch.setattr(
+            "fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)))
+        )
+    path = tmp_path / "a.json"
+    with replaced_file(path) as first, replaced_file(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "first"}
+
+
+def test_a_full_disk_by_the_writer_of_pytorch_is_one_of_the_disk(tmp_path, small_files):
+    with pytest.raises(OSError, match="No space left on device") as error, replaced_file(tmp_path / "a.pt") as partial:
+        torch.save(torch.zeros(100_000), partial)
+    assert error.value.filename == str(tmp_path / "a.pt") and not list(tmp_path.iterdir())
