@@ -105,12 +105,14 @@ def run_extraction(
             if lock is not None and shard:
                 lock.release()  # others may begin
             missing = set(todo)
-            # Whole batches are dealt, the same as one process makes: so the results are the same to the last bit.
+            # Whole batches are dealt and computed, the same as one process makes that is never stopped: so the results
+            # are the same to the last bit.
             part = plan_batches(source, extractor)
             part = part[shard.index :: shard.count] if shard else part
             part = part[state.process_index :: state.num_processes]
-            batches = [kept for batch in part if (kept := [index for index in batch if index in missing])]
-            _extract_part(source, extractor, store, batches, folder / name, threads, progress and state.is_main_process)
+            batches = [batch for batch in part if not missing.isdisjoint(batch)]
+            progress = progress and state.is_main_process
+            _extract_part(source, extractor, store, batches, missing, folder / name, threads, progress)
         state.wait_for_everyone()
         if not state.is_main_process:
             return None
@@ -205,6 +207,7 @@ def _extract_part(
     extractor: Extractor,
     store: Store,
     batches: Sequence[Sequence[int]],
+    missing: Container[int],
     journal_path: Path,
     threads: int,
     progress: bool,
@@ -217,7 +220,8 @@ def _extract_part(
     )
     with naming(journal_path), journal_path.open("w", encoding="utf-8") as journal, bar:
         for batch in extract(source, extractor, batches, threads=threads):
-            for index, result in batch.results:
+            new = [(index, result) for index, result in batch.results if index in missing]
+            for index, result in new:
                 store.add(store.names[index], result, journal)
             rows: list[dict[str, Any]] = [{"file": fileid, "skipped": reason} for fileid, reason in batch.skipped]
             rows += [{"file": fileid, "skipped": reason, "not_finite": True} for fileid, reason in batch.not_finite]
@@ -226,7 +230,7 @@ def _extract_part(
                 for fileid, said, there in batch.lengths
                 if extractor.frames(said) != extractor.frames(there) or abs(said - there) > extractor.stride
             ]
-            rows.append({"utterances": len(batch.results), "seconds": batch.seconds})
+            rows.append({"utterances": len(new), "seconds": batch.seconds})
             journal.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             journal.flush()
             bar.update(batch.planned_seconds)

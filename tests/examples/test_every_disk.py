@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import pytest
+import soundfile
 from commands import run_command
 from mounts import needs_mounts
 from runs import forget_processes, write_audio, write_config
@@ -117,10 +118,10 @@ def given(tmp_path_factory) -> Path:
     tiny_model().save_pretrained(folder / "model")
     SpidrFeatureExtractor().save_pretrained(folder / "model")
     write_config(folder / "tiny.toml", audio)
-    rows = [
-        {"id": path.stem, "speaker": f"s{index % 2}", "phones": [["SIL", 0, 0.1], ["A", 0.1, 0.2], ["B", 0.2, 0.3]]}
-        for index, path in enumerate(sorted(audio.iterdir()))
-    ]
+    rows = []
+    for index, path in enumerate(sorted(audio.iterdir())):
+        phones = [["SIL", 0, 0.1], ["A", 0.1, 0.2], ["B", 0.2, soundfile.info(path).duration]]
+        rows.append({"id": path.stem, "speaker": f"s{index % 2}", "phones": phones})
     (folder / "alignments.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, layer in (("extract_units", 4), ("extract_features", 2)):
         arguments = [folder / "model", audio, folder / name.partition("_")[2], "--layers", layer]
