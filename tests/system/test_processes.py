@@ -33,7 +33,7 @@ def test_a_disk_without_locks(tmp_path, refused, number, caplog, new_warnings):
     validation = ValidationFile(tmp_path)
     validation.write({"step": 1, "name": "dev", "checkpoint": None})
     assert [row["step"] for row in validation.rows()] == [1]
-    with open(tmp_path / ".lock", "r+") as file:
+    with open(tmp_path / ".lock", "a+") as file:
         assert lock(file)
     assert caplog.text.count("knows no locks") == 1
 
@@ -47,8 +47,7 @@ def test_in_use(tmp_path, refused, number):
 
 def test_a_full_disk_does_not_keep_a_lock_from_being_taken(tmp_path, monkeypatch):
     held = RunLock(tmp_path)
-    held.release()
     assert "process" in (tmp_path / ".lock").read_text()
-    os.remove(tmp_path / ".lock")
+    held.release()
     os.symlink("/dev/full", tmp_path / ".lock")
     RunLock(tmp_path, patience=0).release()
