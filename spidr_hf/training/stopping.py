@@ -16,7 +16,7 @@ from ..system.host_copy import HostCopy
 
 # How long a signalled process may take to stop before it is ended, and how much longer where files are being written
 # all that time: what they come to, a disk does not say before they are there.
-_GRACE_SECONDS = 120
+GRACE_SECONDS = 120
 
 
 WRITING_SECONDS = 1800
@@ -85,7 +85,7 @@ class StopSignal:
             self.received = signal.Signals(number).name
             # If the others are gone, nothing in this process may ever return, Python's signal handlers included:
             # SIGALRM, which has none, then ends it.
-            signal.alarm(_GRACE_SECONDS)
+            signal.alarm(GRACE_SECONDS)
             if self._folders:
                 # Not a `threading.Thread`, which takes locks: this handler may have interrupted one who holds them.
                 _thread.start_new_thread(self._put_off, ())
@@ -95,7 +95,7 @@ class StopSignal:
         limit = time.monotonic() + WRITING_SECONDS
         while time.monotonic() < limit:
             time.sleep(LOOK_SECONDS)
-            if any(is_writing(folder) for folder in self._folders) and signal.alarm(_GRACE_SECONDS) == 0:
+            if any(is_writing(folder) for folder in self._folders) and signal.alarm(GRACE_SECONDS) == 0:
                 signal.alarm(0)  # there was none any more: it was called off
                 return
 

@@ -384,7 +384,7 @@ def test_signals_ask_to_stop(number):
 SLOW_TO_STOP = """
 import os, signal, time
 from pathlib import Path
-stopping._GRACE_SECONDS, stopping.WRITING_SECONDS, stopping.LOOK_SECONDS = 4, {limit}, 0.1
+stopping.GRACE_SECONDS, stopping.WRITING_SECONDS, stopping.LOOK_SECONDS = 4, {limit}, 0.1
 folder = Path(sys.argv[1])
 stop = stopping.StopSignal(folders=[folder])
 model = run_state.nn.Linear(2, 2)
