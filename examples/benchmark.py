@@ -8,7 +8,7 @@
 
 Peers: `spidr` (pip install spidr), and Data2VecAudio, HuBERT and Wav2Vec2 of transformers in the same shape. They
 have the same weights as far as the architecture allows; where it does throughout, outputs must agree before anything
-is timed. Runs take turns (A, B, A, B; steps of training in twos, of which the second counts); a ratio is the median
+is timed. Runs are interleaved (A, B, A, B; steps of training in twos, of which the second counts); a ratio is the median
 over the rounds and says how many times faster spidr_hf is: by processor time with one thread, by wall time otherwise.
 
 Parts: training (a whole step: student and teacher, dropout as in the recipe, backward, clipping, AdamW, teacher update,
@@ -307,7 +307,7 @@ class Benchmark:
         self.add("loader", timings, count * seconds, batch=4, length=seconds)
 
     def lengths(self) -> None:
-        """Cost per second of audio of one recording; in each turn as much audio of every length as of the longest."""
+        """Cost per second of audio of one recording; in each run as much audio of every length as of the longest."""
         lengths = [float(n) for n in LENGTHS if n <= self.args.longest]
         spidr = self.model.spidr
         extractor = Extractor(spidr, SpidrFeatureExtractor(), feature_outputs(spidr, [self.config.num_hidden_layers]))

@@ -8,8 +8,8 @@
     python examples/benchmark_cuda.py --size tiny --batch 2 --seconds 1 --device cpu         # that it works, anywhere
 
 Parts: step (ms, share of the chip's peak, peak memory; with layers, layers and convolutions, or the whole forward
-compiled, own kernels on or off; and `spidr` as it trains, compiled and fed what its collator makes, where it is
-installed: all take turns on the same audio), modules (forward and backward of extractor, positional convolutions, a
+compiled, own kernels on or off; and `spidr` as it trains, compiled and on what its collator makes, where it is
+installed: all interleaved, on the same audio), modules (forward and backward of extractor, positional convolutions, a
 layer and the objective, each alone), kernels (each own kernel beside its plain form and that form compiled, errors
 included), profile (the GPU's busiest kernels in one step), compile (seconds until the first compiled step is done, and
 how many graphs it and other lengths take; a second start shows the cache). At the end `best` says which form of the
@@ -107,7 +107,7 @@ class StepBenchmark:
         model = self.new_model()
         self.samples = int(args.seconds * 16_000)
         self.frames = model.spidr._get_feat_extract_output_lengths(self.samples)
-        # Several, so that no batch is in a cache when its turn comes; every length once, where lengths are to be new.
+        # Several, so that no batch is in a cache when it is used again; every length once, where lengths are to be new.
         self.batches = noise_batches(model, args.batch, self.samples)
         if args.new_lengths:
             stride, count = self.config.inputs_to_logits_ratio, (args.rounds + 1) * args.steps

@@ -64,9 +64,9 @@ class Timing:
 def interleave(
     runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, repeat: int = 1
 ) -> dict[str, Timing]:
-    """Times of `runs`, taken in turns for `rounds` rounds after one to warm up.
+    """Times of `runs`, interleaved for `rounds` rounds after one to warm up.
 
-    In its turn each runs `repeat` times, of which the last counts: of what follows upon its like, as steps of training
+    In each round each runs `repeat` times, of which the last counts: of what follows upon its like, as steps of training
     do, not upon another program with its own places in memory.
     """
     timings = {name: Timing() for name in runs}

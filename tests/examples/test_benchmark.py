@@ -153,7 +153,7 @@ def test_inference_is_counted_as_torch_counts_it():
     assert counter.get_total_flops() == pytest.approx(encoder, rel=0.02)
 
 
-def test_runs_take_turns_and_the_first_round_does_not_count():
+def test_runs_are_interleaved_and_the_first_round_does_not_count():
     calls = []
     timings = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, CPU)
     assert calls == ["a", "b"] * 4
