@@ -8,8 +8,9 @@
 
 Peers: `spidr` (pip install spidr), and Data2VecAudio, HuBERT and Wav2Vec2 of transformers in the same shape. They
 have the same weights as far as the architecture allows; where it does throughout, outputs must agree before anything
-is timed. Runs are interleaved (A, B, A, B; steps of training in twos, of which the second counts); a ratio is the median
-over the rounds and says how many times faster spidr_hf is: by processor time with one thread, by wall time otherwise.
+is timed. Runs are interleaved (A, B, A, B; steps of training in twos, of which the second counts); a ratio is the
+median over the rounds and says how many times faster spidr_hf is: by processor time with one thread, by wall time
+otherwise.
 
 Parts: training (a whole step: student and teacher, dropout as in the recipe, backward, clipping, AdamW, teacher update,
 the same optimizer on both sides), inference (features of all layers), ragged (rows of different lengths), extractor,

@@ -10,7 +10,7 @@ wandb; this is the same step through its public functions, with `log_interval` a
 its curve looks like, beside which ours is to be judged.
 
 --save PT keeps the run there every `save_interval` updates and at the end: the weights under "model" as its own
-checkpoints have them (convert_checkpoint.py reads the file), and all that the run goes on from when the same command is
+checkpoints have them (convert_checkpoint.py reads the file), and all that the run resumes from when the same command is
 given again.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="JSONL")
     parser.add_argument("--max-steps", type=int, metavar="N", help="the config's otherwise")
     parser.add_argument("--seed", type=int, help="of batches, masks and crops; the config's otherwise")
-    parser.add_argument("--save", type=Path, metavar="PT", help="keep weights and run there, and go on from there")
+    parser.add_argument("--save", type=Path, metavar="PT", help="keep weights and run there, and resume from there")
     args = parser.parse_args()
     try:
         from spidr.config import read_config
@@ -133,7 +133,7 @@ class Batches:
 
 
 class Run:
-    """What a run goes on from."""
+    """What a run resumes from."""
 
     def __init__(self, model, optimizer, scheduler, batches: Batches, seed: int):
         self.parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "batches": batches}
@@ -152,10 +152,10 @@ class Run:
         half.replace(path)
 
     def load(self, path: Path) -> None:
-        """Goes on from a file of `save`. Exits with a line if it is another run's or no run's."""
+        """Resumes from a file of `save`. Exits with a line if it is another run's or no run's."""
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "batches" not in state:
-            sys.exit(f"error: {path} has weights but no run to go on from: give --save another file.")
+            sys.exit(f"error: {path} has weights but no run to resume: give --save another file.")
         if state["seed"] != self.seed:
             sys.exit(f"error: {path} is of a run with seed {state['seed']}, not {self.seed}: give --save another file.")
         for name, part in self.parts.items():

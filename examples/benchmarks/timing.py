@@ -66,8 +66,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Times of `runs`, interleaved for `rounds` rounds after one to warm up.
 
-    In each round each runs `repeat` times, of which the last counts: of what follows upon its like, as steps of training
-    do, not upon another program with its own places in memory.
+    In each round each runs `repeat` times, of which the last counts: of what follows upon its like, as steps of
+    training do, not upon another program with its own places in memory.
     """
     timings = {name: Timing() for name in runs}
     on_gpu = device.type == "cuda"
