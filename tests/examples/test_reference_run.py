@@ -127,5 +127,5 @@ def test_another_run_is_not_continued(spidr, tmp_path):
     with pytest.raises(SystemExit, match="has 2 updates"):
         spidr("run", 2)
     torch.save(torch.load(tmp_path / "init.pt"), tmp_path / "run.pt")
-    with pytest.raises(SystemExit, match="no run to go on from"):
+    with pytest.raises(SystemExit, match="no run to resume"):
         spidr("run", 4)
