@@ -30,7 +30,8 @@ from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining
 from spidr_hf.data.alignments import read_alignments
 from spidr_hf.data.manifests import Manifest, read_manifest
 from spidr_hf.evaluation.phones import count_pairs, pnmi
-from spidr_hf.plots.figures import run_figure, unit_colours
+from spidr_hf.plots.figures import run_figure
+from spidr_hf.plots.palette import unit_colours
 from spidr_hf.pretraining.start import initial_model
 from spidr_hf.system.commands import user_path
 from spidr_hf.units.unit_files import describe_model, predict_units, write_units

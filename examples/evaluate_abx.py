@@ -106,7 +106,7 @@ def main() -> None:
 
             if single:
                 raise ValueError("--plot draws curves over layers: give the folder above the layers' folders.")
-            save_figure(layer_figure(scores, titles=("ABX error (%)",)), args.plot)
+            save_figure(layer_figure(scores, titles=("ABX error (%)",), chance=50), args.plot)
         for layer, values in scores.items():
             name = "" if layer is None else f"layer {layer}: "
             print(f"{name}ABX error {', '.join(f'{value:.2f} % {speaker}' for speaker, value in values.items())}")

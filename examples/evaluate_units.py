@@ -15,6 +15,8 @@ OUT_DIR with a folder per layer: then every layer is scored. ALIGNMENTS is one o
 Scores are those of HuBERT's paper over steps of 10 ms: phone_purity, cluster_purity, pnmi (silence counts as a phone),
 pnmi_without_silence; and without phones codebook_perplexity, active_units and bitrate (bits per second; with
 --deduplicate that of units without repeats). Lengths may differ by the two steps that the convolutions drop, no more.
+Labels are scored as they are written: AH0 and AH1 are two phones (the pictures take them for one). Silence is what
+--silence lists; "sil", "sp", "spn", TIMIT's "h#" and the others that aligners write are known.
 
 per, f1 and r_val are DiscoPhon's: every unit is read as the phone that it occurs with most (--assignment one-to-one: a
 unit for each phone, of which there must be as many), and the phones' errors and boundaries (within 20 ms) are counted.
@@ -60,7 +62,8 @@ def main() -> None:
         "--alignment-step", type=float, default=10, metavar="MS", help="milliseconds per step (default: 10)"
     )
     parser.add_argument("--tier", help="tier of the TextGrids that holds the phones")
-    parser.add_argument("--silence", nargs="+", default=SILENCES, metavar="PHONE", help="labels of silence")
+    silences = f"labels of silence, in either case (default: {' '.join(filter(None, SILENCES))}, and empty ones)"
+    parser.add_argument("--silence", nargs="+", default=SILENCES, metavar="PHONE", help=silences)
     parser.add_argument("--num-units", type=int, help="units there can be (default: as their provenance says)")
     parser.add_argument(
         "--assignment",

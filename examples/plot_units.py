@@ -4,7 +4,8 @@
     python examples/plot_units.py DATA UNITS PICTURE --alignments ALIGNMENTS --file FILEID
 
 DATA and UNITS are those of extract_units.py: its data, and its OUT_DIR or one of its units.jsonl. With alignments,
-units have the colour of the phone that they most often lie on, over all of the file.
+units have the colour of the phone that they most often lie on, over all of the file; without, one of their own. Phones
+are known by ARPAbet (stress marks and case make no difference), TIMIT's symbols and IPA.
 """
 
 import argparse
@@ -15,13 +16,17 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
+from spidr_hf.configuration_spidr import SAMPLING_RATE
 from spidr_hf.data.alignments import read_alignments
 from spidr_hf.data.open import open_data
 from spidr_hf.evaluation.phones import count_pairs
-from spidr_hf.plots.figures import save_figure, unit_colours, utterance_figure
+from spidr_hf.plots.figures import save_figure, utterance_figure
+from spidr_hf.plots.palette import unit_colours
 from spidr_hf.system.commands import clear_errors, user_path
 from spidr_hf.system.names import match_names
 from spidr_hf.units.unit_files import read_units, unit_files
+
+_LEGIBLE = 20  # seconds
 
 
 def main() -> None:
@@ -33,6 +38,8 @@ def main() -> None:
     parser.add_argument("--alignments", type=user_path, help="phones, as for evaluate_units.py")
     parser.add_argument("--tier", help="tier of the TextGrids that holds the phones")
     parser.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help="of a folder (default: all)")
+    parser.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="from where (default: %(default)g)")
+    parser.add_argument("--end", type=float, metavar="SECONDS", help="to where (default: the end)")
     parser.add_argument("--resample", action="store_true", help="take audio of any rate and number of channels")
     args = parser.parse_args()
     with clear_errors():
@@ -54,7 +61,10 @@ def main() -> None:
                 print(f"{len(without)} of {len(sequences)} utterances have no alignment.", file=sys.stderr)
             phones = alignments[known[name]] if name in known else []
         shown = {layer: sequences[name] for layer, sequences in units.items()}
-        save_figure(utterance_figure(source.read(index), phones, shown, colours, title=name), args.picture)
+        waveform, part = source.read(index), (args.start, args.end)
+        save_figure(utterance_figure(waveform, phones, shown, colours, title=name, part=part), args.picture)
+        if (args.end or len(waveform) / SAMPLING_RATE) - args.start > _LEGIBLE:
+            print(f"Single units can be told apart in up to {_LEGIBLE} s: see --start and --end.", file=sys.stderr)
         print(args.picture)
 
 

@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("out", type=user_path, metavar="OUT", help="the .item file")
     parser.add_argument("--speakers", type=user_path, metavar="FILE", help="lines of fileid and speaker")
     parser.add_argument("--tier", help="tier of the TextGrids that holds the phones")
-    parser.add_argument("--silence", nargs="+", default=SILENCES, metavar="PHONE", help="labels of silence")
+    silences = f"labels of silence, in either case (default: {' '.join(filter(None, SILENCES))}, and empty ones)"
+    parser.add_argument("--silence", nargs="+", default=SILENCES, metavar="PHONE", help=silences)
     args = parser.parse_args()
     with clear_errors():
         alignments = read_alignments(args.alignments, tier=args.tier)

@@ -5,7 +5,6 @@ button that plays what it covers; each group of them is one stop of the Tab key,
 """
 
 import base64
-import colorsys
 import html
 import io
 import json
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 
 from spidr_hf.configuration_spidr import SAMPLING_RATE
 from spidr_hf.plots.figures import draw_spectrogram
+from spidr_hf.plots.palette import unit_colour
 
 from .comparison import compare_units
 from .recordings import FRAME, Recording, unit_stretches
@@ -107,13 +107,6 @@ element.addEventListener("keydown", (event) => {
 """
 
 
-def unit_colour(unit: int) -> str:
-    """A light colour of the unit's own, on which dark text can be read; neighbours in number differ."""
-    hue, lightness = (unit * 0.618034) % 1, (0.72, 0.82, 0.77)[unit % 3]
-    red, green, blue = (round(255 * x) for x in colorsys.hls_to_rgb(hue, lightness, 0.6))
-    return f"#{red:02x}{green:02x}{blue:02x}"
-
-
 def timeline_html(recording: Recording, layer: int, label: str) -> str:
     """Spectrogram and units of a recording, which play; `label` tells recordings apart."""
     units, name = recording.units[layer], html.escape(recording.name)
@@ -201,9 +194,7 @@ def _button(unit: int, start: int, frames: int, label: str, *, first: bool, plac
 def _spectrogram(recording: Recording) -> str:
     figure = Figure(figsize=(max(recording.seconds * _IMAGE_PIXELS, 1) / 100, _HEIGHT / 100), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
-    waveform = recording.waveform
-    # A spectrum needs half of its 1024 samples on either side of the first; shorter recordings get silence.
-    draw_spectrogram(axes, np.pad(waveform, (0, max(0, 1024 - len(waveform)))))
+    draw_spectrogram(axes, recording.waveform)
     axes.set_xlim(0, recording.seconds)
     axes.set_axis_off()
     picture = io.BytesIO()
@@ -224,5 +215,4 @@ __all__ = [
     "download_html",
     "problem_html",
     "timeline_html",
-    "unit_colour",
 ]

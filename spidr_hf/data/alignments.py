@@ -12,10 +12,21 @@ from ..system.tables import column_lines, decoded, finite, interval, json_lines,
 
 Phones = Sequence[tuple[str, float, float]]
 
+STEP = 0.01  # seconds
 SILENCE = "SIL"
+# Labels of silence, pauses and noise: MFA's and Kaldi's, TIMIT's, Festival's, MAUS's. Their case does not matter.
+SILENCES = (
+    *("", "SIL", "SP", "SPN", "NSN", "<EPS>", "<SIL>", "SILENCE", "H#", "EPI", "PAU", "SSIL", "BRTH"),
+    *("<P:>", "<USB>", "<NIB>"),
+)
 _PHONE_TIERS = ("phones", "phone", "phonemes", "phoneme", "phns", "mau")
 # Strings (quotes inside are doubled), then what must not be taken for a number, then numbers.
 _TEXTGRID_TOKEN = re.compile(r'"(?:[^"]|"")*"|\[\d*\]|<[^>]*>|![^\n]*|[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?')
+
+
+def is_silence(label: str, silences: Collection[str] = SILENCES) -> bool:
+    """Whether a label is one of silence; case does not matter."""
+    return label.upper() in {name.upper() for name in silences}
 
 
 def phones_of_steps(labels: Sequence[str], step: float) -> list[tuple[str, float, float]]:
@@ -143,7 +154,7 @@ def write_items(
     alignments: Mapping[str, Phones],
     speakers: Mapping[str, str],
     *,
-    silences: Collection[str] = (SILENCE,),
+    silences: Collection[str] = SILENCES,
     durations: Mapping[str, float] | None = None,
 ) -> int:
     """
@@ -171,12 +182,6 @@ def write_items(
             lines.append(f"{fileid} {onset:.4f} {offset:.4f} {phone} {before} {after} {speakers[fileid]}\n")
     write_text(path, "#file onset offset #phone prev-phone next-phone speaker\n" + "".join(lines))
     return len(lines)
-
-
-STEP = 0.01  # seconds
-
-
-SILENCES = ("SIL", "SP", "SPN", "PAU", "<SIL>", "<EPS>", "")
 
 
 def read_alignments(
@@ -230,6 +235,7 @@ __all__ = [
     "SILENCES",
     "STEP",
     "Phones",
+    "is_silence",
     "phones_of_steps",
     "read_alignments",
     "read_ctm",

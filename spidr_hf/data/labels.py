@@ -8,7 +8,7 @@ import numpy as np
 
 from ..system.messages import shown
 from ..system.tables import csv_rows, json_lines
-from .alignments import SILENCES, Phones, read_alignments
+from .alignments import SILENCES, Phones, is_silence, read_alignments
 from .datasets_source import DatasetSource
 from .sources import AudioSource
 
@@ -83,7 +83,7 @@ def read_phones(files: Sequence[str | Path], tier: str | None = None) -> dict[st
 
 def without_silence(phones: Phones, silences: Collection[str] = SILENCES) -> list[str]:
     """The names of the phones that are no silence."""
-    return [phone for phone, _, _ in phones if phone.upper() not in silences]
+    return [phone for phone, _, _ in phones if not is_silence(phone, silences)]
 
 
 def frame_phones(phones: Phones, num_frames: int, hop: int, window: int, sampling_rate: int = 16_000) -> list[str]:

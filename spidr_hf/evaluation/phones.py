@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from ..data.alignments import SILENCES, STEP, Phones
+from ..data.alignments import SILENCES, STEP, Phones, is_silence
 
 UNIT = 0.02  # seconds that a unit covers
 # The convolutions drop up to 399 samples at the end of an utterance: just under 25 ms, two whole steps of 10 ms.
@@ -106,8 +106,7 @@ def without_silence(
     counts: np.ndarray, names: Sequence[str], silences: Collection[str] = SILENCES
 ) -> tuple[np.ndarray, list[str]]:
     """Counts (phones x units) without the rows of silence; case does not matter."""
-    silent = {name.upper() for name in silences}
-    kept = [i for i, name in enumerate(names) if name.upper() not in silent]
+    kept = [i for i, name in enumerate(names) if not is_silence(name, silences)]
     return counts[kept], [names[i] for i in kept]
 
 

@@ -5,9 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..plots.curves import FAINT, chart
+from ..plots.curves import DASHES, FAINT, MARKERS, SERIES, chart, from_zero
 
-_COLOURS = ("#d9604c", "#2fa39a", "#4f86c6", "#f2a93b")
 _PREFIX = "valid_"
 
 
@@ -22,20 +21,21 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], best_step: int | None = Non
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     trained = [row for row in rows if row["loss"] is not None]
-    left.plot([row["step"] for row in trained], [row["loss"] for row in trained], color=_COLOURS[2], lw=1.6)
+    left.plot([row["step"] for row in trained], [row["loss"] for row in trained], color=SERIES[0], lw=1.6)
     left.lines[0].set_label("training")
     validated = [row for row in rows if any(name.startswith(_PREFIX) for name in row)]
     steps = [row["step"] for row in validated]
     names = [name for name in (validated[0] if validated else ()) if name.startswith(_PREFIX)]
     if f"{_PREFIX}loss" in names:
         values = [row.get(f"{_PREFIX}loss") for row in validated]
-        left.plot(steps, values, color=_COLOURS[3], lw=2, marker="o", ms=4, label="validation")
-    for name, colour in zip((n for n in names if n != f"{_PREFIX}loss"), _COLOURS, strict=False):
+        left.plot(steps, values, color=SERIES[1], lw=2, marker="o", ms=4, label="validation")
+    for name, colour, marker in zip((n for n in names if n != f"{_PREFIX}loss"), SERIES, MARKERS, strict=False):
         values = [100 * row[name] for row in validated]
-        right.plot(steps, values, color=colour, lw=2, marker="o", ms=4, label=name.removeprefix(_PREFIX))
-    right.set_ylim(bottom=0)
+        label = name.removeprefix(_PREFIX).replace("_", " ")
+        right.plot(steps, values, color=colour, lw=2, marker=marker, ms=5, label=label)
+    from_zero(right)
     if best_step is not None:
-        right.axvline(best_step, color=FAINT, lw=1, ls=(0, (4, 3)), label="kept")
+        right.axvline(best_step, color=FAINT, lw=1, ls=DASHES, label="kept")
     for axes, title in ((left, "Loss"), (right, "Validation, %")):
         if axes.lines:
             axes.legend()
@@ -47,10 +47,13 @@ def layer_weights_figure(weights: Sequence[float]) -> Figure:
     """Bars of the shares in a learned sum of the encoder's input and every layer's output (after the residual)."""
     figure = Figure(figsize=(max(5.0, 0.45 * len(weights) + 2), 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.bar(range(len(weights)), weights, color=_COLOURS[1])
-    axes.axhline(1 / len(weights), color=FAINT, lw=1, ls=(0, (4, 3)))
+    axes.bar(range(len(weights)), weights, color=SERIES[0])
+    label = f"all the same: 1/{len(weights)}, where training begins"
+    axes.axhline(1 / len(weights), color=FAINT, lw=1, ls=DASHES, label=label)
+    axes.margins(y=0.18)
+    axes.legend(loc="upper left")
+    chart(axes, "Share of each layer's output in the sum", "layer")
     axes.set_xticks(range(len(weights)), ["input", *map(str, range(1, len(weights)))])
-    chart(axes, "Weights of the layers' outputs", "layer")
     return figure
 
 

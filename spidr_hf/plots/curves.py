@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 
-INK, FAINT = "#26303a", "#8a949e"
+INK, FAINT, MARK = "#26303a", "#6b757f", "#d55e00"
+DASHES = (0, (4, 3))
+# Colours and markers of curves in one chart (Okabe and Ito's, for the colour-blind, too).
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+MARKERS = "osD^v"
 # Columns of metrics.jsonl that have their place in the picture, or need none. Every other has a panel of its own.
 _DRAWN = {"step", "epoch", "loss", "layer_losses", "target_ppl", "pred_ppl", "active_codewords", "grad_norm", "lr"}
 _DRAWN |= {"ema_decay", "audio_seconds_per_second", "world_size"}
@@ -30,7 +35,7 @@ def draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]], first_layer: int,
     """The loss over the steps of a run (rows of `metrics.jsonl`), and that of each codebook's layer."""
     steps = [row["step"] for row in rows]
     layers = np.array([row["layer_losses"] for row in rows])
-    axes.axhline(math.log(codebook_size), color=FAINT, lw=1, ls=(0, (4, 3)))
+    axes.axhline(math.log(codebook_size), color=FAINT, lw=1, ls=DASHES)
     axes.annotate(
         f"ln {codebook_size}: knowing nothing",
         (0.985, math.log(codebook_size)),
@@ -41,22 +46,28 @@ def draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]], first_layer: int,
         fontsize=9,
         color=FAINT,
     )
-    shades = np.linspace(0.35, 0.8, layers.shape[1])
-    for k, shade in enumerate(shades):
-        axes.plot(steps, smooth(layers[:, k]), color=blues(shade), lw=1.3, label=f"layer {first_layer + k}")
-    axes.plot(steps, smooth([row["loss"] for row in rows]), color="#d9604c", lw=2.2, label="mean")
+    draw_layers(axes, steps, layers, first_layer)
+    axes.plot(steps, smooth([row["loss"] for row in rows]), color=INK, lw=2.2, ls=(0, (1, 1)), label="mean")
     axes.legend(loc="upper right", bbox_to_anchor=(1, 0.8), ncol=2)
     chart(axes, "loss (nats per masked frame)", "training step")
 
 
-def draw_perplexities(axes: Axes, rows: Sequence[Mapping[str, Any]], floor: float | None = None) -> None:
+def draw_layers(axes: Axes, steps: Sequence[int], values: np.ndarray, first_layer: int) -> None:
+    """A curve of each codebook's layer (steps x layers), from dark to light in the order of the layers."""
+    for k, colour in enumerate(layer_colours(values.shape[1])):
+        axes.plot(steps, smooth(values[:, k]), color=colour, lw=1.6, label=f"layer {first_layer + k}")
+
+
+def draw_perplexities(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], codebook_size: int, floor: float | None = None
+) -> None:
     """Target and prediction perplexity over the steps of a run; `floor` is the line of a collapse."""
     steps = [row["step"] for row in rows]
-    axes.plot(steps, smooth([row["pred_ppl"] for row in rows]), color="#4f86c6", lw=2, label="predictions")
-    axes.plot(steps, smooth([row["target_ppl"] for row in rows]), color="#f2a93b", lw=2.2, label="targets")
-    axes.set_ylim(bottom=0)
+    axes.plot(steps, smooth([row["pred_ppl"] for row in rows]), color=SERIES[0], lw=2, label="predictions")
+    axes.plot(steps, smooth([row["target_ppl"] for row in rows]), color=SERIES[1], lw=2.2, label="targets")
+    from_zero(axes)
     if floor is not None:
-        axes.axhline(floor, color="#d9604c", lw=1, ls=(0, (4, 3)))
+        axes.axhline(floor, color=MARK, lw=1, ls=DASHES)
         axes.annotate(
             "below: collapsed",
             (0.985, floor),
@@ -65,33 +76,33 @@ def draw_perplexities(axes: Axes, rows: Sequence[Mapping[str, Any]], floor: floa
             textcoords="offset points",
             ha="right",
             fontsize=9,
-            color="#d9604c",
+            color=MARK,
         )
-    axes.legend(loc="upper right")
-    chart(axes, "perplexity (codewords)", "training step")
+    axes.legend(loc="upper right", ncol=2)
+    chart(axes, f"perplexity (of {codebook_size} codewords)", "training step")
 
 
-def draw_active_codewords(axes: Axes, rows: Sequence[Mapping[str, Any]], first_layer: int) -> None:
+def draw_active_codewords(axes: Axes, rows: Sequence[Mapping[str, Any]], first_layer: int, codebook_size: int) -> None:
     """The codewords in use over the steps of a run, those of each codebook's layer."""
-    steps = [row["step"] for row in rows]
     active = np.array([row["active_codewords"] for row in rows])
-    for k, shade in enumerate(np.linspace(0.35, 0.8, active.shape[1])):
-        axes.plot(steps, smooth(active[:, k]), color=blues(shade), lw=1.3, label=f"layer {first_layer + k}")
-    axes.set_ylim(bottom=0)
-    chart(axes, "active codewords", "training step")
+    draw_layers(axes, [row["step"] for row in rows], active, first_layer)
+    from_zero(axes)
+    axes.legend(loc="lower right", ncol=2)
+    chart(axes, f"active codewords (of {codebook_size})", "training step")
 
 
 def draw_gradients(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """Gradient norm and, on an axis of its own, the learning rate over the steps of a run."""
     steps = [row["step"] for row in rows]
-    axes.plot(steps, smooth([row["grad_norm"] for row in rows]), color="#2fa39a", lw=2)
-    axes.set_ylim(bottom=0)
-    chart(axes, "gradient norm, and learning rate (dashed)", "training step")
+    (norms,) = axes.plot(steps, smooth([row["grad_norm"] for row in rows]), color=SERIES[2], lw=2)
+    from_zero(axes)
     beside = axes.twinx()
-    beside.plot(steps, [row["lr"] for row in rows], color=FAINT, lw=1.3, ls=(0, (4, 3)))
-    beside.set_ylim(bottom=0)
+    (rates,) = beside.plot(steps, [row["lr"] for row in rows], color=FAINT, lw=1.3, ls=DASHES)
+    from_zero(beside)
     beside.tick_params(colors=FAINT, labelsize=10)
     beside.spines[:].set_visible(False)
+    axes.legend([norms, rates], ["gradient norm", "learning rate (axis on the right)"], loc="upper right", ncol=2)
+    chart(axes, "gradient norm and learning rate", "training step")
 
 
 def draw_metric(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, first_layer: int) -> None:
@@ -99,10 +110,9 @@ def draw_metric(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, first_
     rows = [row for row in rows if row.get(name) is not None]  # a longer run may have it from some step on
     steps, values = [row["step"] for row in rows], np.array([row[name] for row in rows], dtype=float)
     if values.ndim == 1:
-        axes.plot(steps, smooth(values), color="#4f86c6", lw=2)
+        axes.plot(steps, smooth(values), color=SERIES[0], lw=2)
     else:
-        for k, shade in enumerate(np.linspace(0.35, 0.8, values.shape[1])):
-            axes.plot(steps, smooth(values[:, k]), color=blues(shade), lw=1.3, label=f"layer {first_layer + k}")
+        draw_layers(axes, steps, values, first_layer)
         axes.legend(loc="upper right", ncol=2)
     chart(axes, name.replace("_", " "), "training step")
 
@@ -131,12 +141,12 @@ def curves_figure(
     panels = figure.subplots(2 + math.ceil(len(more) / 2), 2)
     (losses, perplexities), (active, gradients) = panels[:2]
     names = sorted({row["name"] for row in validation})
-    for name, marker in zip(names, "osD^v" * len(names), strict=False):
+    for name, marker in zip(names, MARKERS * len(names), strict=False):
         points = [(row["step"], row["loss"]) for row in validation if row["name"] == name and row["loss"] is not None]
         losses.plot(*zip(*points, strict=True), marker, ms=5, color=INK, mfc="white", label=name, zorder=5)
     draw_losses(losses, rows, first_layer, codebook_size)
-    draw_perplexities(perplexities, rows)
-    draw_active_codewords(active, rows, first_layer)
+    draw_perplexities(perplexities, rows, codebook_size)
+    draw_active_codewords(active, rows, first_layer, codebook_size)
     draw_gradients(gradients, rows)
     for name, axes in zip(more, panels[2:].flat, strict=False):
         draw_metric(axes, rows, name, first_layer)
@@ -155,16 +165,22 @@ def chart(axes: Axes, title: str, xlabel: str) -> None:
     axes.spines[["bottom", "left"]].set_color(FAINT)
     axes.grid(axis="y", color="#e8ebee", lw=0.8)
     axes.set_axisbelow(True)
+    if not isinstance(axes.xaxis.get_major_locator(), FixedLocator):  # there is no half of a step or a layer
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if legend := axes.get_legend():
         legend.set_frame_on(False)
         for text in legend.get_texts():
             text.set(fontsize=10, color=INK)
 
 
-def blues(shade: float) -> tuple[float, float, float]:
-    """Blue, from pale (0) to deep (1)."""
-    base = np.array(to_rgb("#1f4e8c"))
-    return tuple(base + (1 - base) * (1 - shade))
+def from_zero(axes: Axes) -> None:
+    """Let the axis of values begin at 0, with room for a legend above what is drawn."""
+    axes.set_ylim(0, 1.16 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1)
+
+
+def layer_colours(layers: int) -> list[Any]:
+    """Colours in order, dark to light, also for the colour-blind."""
+    return [colormaps["viridis"](place) for place in np.linspace(0, 0.92, layers)]
 
 
 def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -217,17 +233,22 @@ def draw_run(run_dir: str | os.PathLike, first_layer: int, codebook_size: int) -
 
 
 __all__ = [
+    "DASHES",
     "FAINT",
     "INK",
-    "blues",
+    "MARKERS",
+    "SERIES",
     "chart",
     "curves_figure",
     "draw_active_codewords",
     "draw_gradients",
+    "draw_layers",
     "draw_losses",
     "draw_metric",
     "draw_perplexities",
     "draw_run",
+    "from_zero",
+    "layer_colours",
     "read_rows",
     "smooth",
 ]

@@ -3,48 +3,37 @@
 Each `draw_*` function fills one axes; `run_figure` puts them together on one page.
 """
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 
 from ..evaluation.phones import Phones
 from ..system.files import replaced_file
-from .curves import INK, chart, draw_losses, draw_perplexities
+from .curves import DASHES, FAINT, INK, MARKERS, SERIES, chart, draw_losses, draw_perplexities, from_zero
+from .palette import COLOURS, HATCHED, ink_on, manners, merge_phones, phone_name, unit_colour
 
 FRAME = 0.02  # seconds per unit
-# Manners of articulation: the phones of each (CMU's), and a colour.
-MANNERS = {
-    "silence": ("SIL SP SPN", "#dfe3e6"),
-    "vowel": ("AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW", "#f2a93b"),
-    "approximant": ("L R W Y", "#8fbf5f"),
-    "nasal": ("M N NG", "#2fa39a"),
-    "fricative": ("DH F HH S SH TH V Z ZH", "#4f86c6"),
-    "affricate": ("CH JH", "#9a6fb8"),
-    "stop": ("B D G K P T", "#d9604c"),
-}
 _SHARES = ("phone_purity", "cluster_purity", "pnmi", "pnmi_without_silence", "agreement")
 _DIVERSITY = ("codebook_perplexity", "active_units")
-_CURVES = ["#2fa39a", "#4f86c6", "#f2a93b", "#d9604c", "#9a6fb8"]
-_MANNER_OF = {phone: manner for manner, (phones, _) in MANNERS.items() for phone in phones.split()}
 
 
-def phone_colour(phone: str) -> str:
-    """The colour of a phone's manner of articulation; grey for phones outside CMU's set."""
-    return MANNERS[_MANNER_OF[phone]][1] if phone in _MANNER_OF else "#b8bec4"
-
-
-def draw_spectrogram(axes: Axes, waveform: np.ndarray | torch.Tensor, sampling_rate: int = 16_000) -> None:
-    """Power in dB over time (s) and frequency (kHz): windows of 25 ms, every 2.5 ms, the loudest 60 dB."""
+def draw_spectrogram(
+    axes: Axes, waveform: np.ndarray | torch.Tensor, sampling_rate: int = 16_000, start: float = 0.0
+) -> None:
+    """Power in dB over time (from `start` on, in s) and frequency (kHz): windows of 25 ms, every 2.5 ms, the loudest
+    60 dB."""
     waveform = torch.as_tensor(np.asarray(waveform), dtype=torch.float32)
+    # A spectrum needs half of its 1024 samples on either side of the first; shorter recordings get silence.
+    waveform = torch.nn.functional.pad(waveform, (0, max(0, 1024 - len(waveform))))
     window, hop = sampling_rate // 40, sampling_rate // 400
     emphasised = torch.cat([waveform[:1], waveform[1:] - 0.95 * waveform[:-1]])
     spectrum = torch.stft(emphasised, 1024, hop, window, torch.hann_window(window), return_complex=True).abs()
@@ -56,7 +45,7 @@ def draw_spectrogram(axes: Axes, waveform: np.ndarray | torch.Tensor, sampling_r
         cmap="magma",
         vmin=decibels.max() - 62,
         vmax=decibels.max() - 3,
-        extent=(0, len(waveform) / sampling_rate, 0, sampling_rate / 2000),
+        extent=(start, start + len(waveform) / sampling_rate, 0, sampling_rate / 2000),
         interpolation="bilinear",
     )
     axes.set_ylabel("kHz", color=INK)
@@ -65,54 +54,43 @@ def draw_spectrogram(axes: Axes, waveform: np.ndarray | torch.Tensor, sampling_r
 
 def draw_phones(axes: Axes, phones: Phones, characters_per_second: float = 50) -> None:
     """One tier of phones, coloured by manner of articulation, with the names of those long enough to hold them."""
-    for phone, start, end in phones:
-        name = "" if phone == "SIL" else phone
-        _block(axes, start, end, phone_colour(phone), name, 9, characters_per_second * 7.5 / 9)
-    _tier(axes, "phones")
+    kinds = manners(phone for phone, _, _ in phones)
+    blocks = [
+        _Block(start, end, COLOURS[kinds[phone]], kinds[phone], "" if kinds[phone] == "silence" else phone_name(phone))
+        for phone, start, end in phones
+    ]
+    _draw_tier(axes, blocks, "phones", 9, characters_per_second * 7.5 / 9)
 
 
 def draw_units(
     axes: Axes,
     units: Sequence[int] | np.ndarray,
-    colours: Mapping[int, Any],
+    colours: Mapping[int, tuple[Any, str]],
     name: str,
     characters_per_second: float = 50,
 ) -> None:
-    """One tier of units, a block per run of the same unit, with the numbers of those long enough to hold them."""
+    """One tier of units, a block per run of the same unit, with the numbers of those long enough to hold them.
+
+    Without `colours` (of `palette.unit_colours`) each unit has a colour of its own; others than those are hatched.
+    """
     values = np.asarray(units)
     starts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
+    blocks = []
     for start, end in zip(starts, np.append(starts[1:], len(values)), strict=True):
         unit = int(values[start])
-        colour = colours.get(unit, "#b8bec4")
-        _block(axes, start * FRAME, end * FRAME, colour, str(unit), 7.5, characters_per_second)
-    _tier(axes, name)
-
-
-def unit_colours(counts: np.ndarray, phones: Sequence[str]) -> dict[int, tuple[float, float, float]]:
-    """
-    A colour for each unit: that of the phone it most often lies on, in a shade of its own. Where units know phones,
-    their tiers look like the phones' tier.
-
-    Args:
-        counts: Phones x units, from `evaluation.count_pairs`.
-        phones: The phones' names.
-    """
-    colours = {}
-    for unit in np.flatnonzero(counts.sum(axis=0)):
-        base = np.array(to_rgb(phone_colour(phones[int(counts[:, unit].argmax())])))
-        shade = 0.45 * ((unit * 0.618034) % 1)  # neighbours in number are far apart in shade
-        colours[int(unit)] = tuple(base + (1 - base) * shade)
-    return colours
+        colour = colours.get(unit, (COLOURS["other"], "other")) if colours else (unit_colour(unit), "unit")
+        blocks.append(_Block(start * FRAME, end * FRAME, *colour, str(unit)))
+    _draw_tier(axes, blocks, name, 7.5, characters_per_second)
 
 
 def draw_scores(axes: Axes, scores: Mapping[str, Mapping[int, float]], name: str) -> None:
     """Bars of one score per layer, for each of the models named in `scores`."""
-    colours = ["#cfd6dc", "#2fa39a", "#4f86c6", "#f2a93b"]
+    colours = itertools.cycle(["#cfd6dc", *SERIES])
     layers = sorted(next(iter(scores.values())))
     width = 0.8 / len(scores)
     for i, (model, values) in enumerate(scores.items()):
         places = np.arange(len(layers)) + (i - (len(scores) - 1) / 2) * width
-        bars = axes.bar(places, [values[layer] for layer in layers], width, color=colours[i % 4], label=model)
+        bars = axes.bar(places, [values[layer] for layer in layers], width, color=next(colours), label=model)
         axes.bar_label(bars, fmt="%.2f", fontsize=9, color=INK, padding=2)
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     axes.margins(y=0.25)
@@ -125,7 +103,7 @@ def run_figure(
     waveform: np.ndarray | torch.Tensor,
     phones: Phones,
     units: Mapping[int, Sequence[int] | np.ndarray],
-    colours: Mapping[int, Mapping[int, Any]],
+    colours: Mapping[int, Mapping[int, tuple[Any, str]]],
     rows: Sequence[Mapping[str, Any]],
     codebook_size: int,
     scores: Mapping[str, Mapping[int, float]],
@@ -142,7 +120,7 @@ def run_figure(
         waveform: Samples of one utterance.
         phones: Its phones, `(phone, start, end)` in seconds.
         units: Its units, one per 20 ms frame, by layer.
-        colours: A colour for every unit of every layer, from `unit_colours`.
+        colours: A colour for every unit of every layer, from `palette.unit_colours`.
         rows: The rows of the run's `metrics.jsonl`.
         codebook_size: Codewords per codebook.
         scores: PNMI by layer, for each model to be compared.
@@ -153,22 +131,7 @@ def run_figure(
     figure = Figure(figsize=(16, 9.8), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.03, hspace=0.0, wspace=0.04)
     above, below = figure.subfigures(2, 1, height_ratios=(1.45, 1))
-    tiers = above.subplots(
-        2 + len(units), 1, sharex=True, gridspec_kw={"height_ratios": [4.2, 0.75, *[0.75] * len(units)]}
-    )
-    draw_spectrogram(tiers[0], waveform, sampling_rate)
-    duration = len(waveform) / sampling_rate
-    characters_per_second = 250 / duration  # what a line of this page holds of the tiers' digits
-    draw_phones(tiers[1], phones, characters_per_second)
-    for axes, layer in zip(tiers[2:], sorted(units), strict=True):
-        draw_units(axes, units[layer], colours[layer], f"layer {layer}", characters_per_second)
-    for axes in tiers[:-1]:
-        axes.tick_params(bottom=False, labelbottom=False)
-    tiers[-1].set_xlabel("seconds", color=INK)
-    tiers[0].set_xlim(0, duration)
-    for axes in tiers:
-        axes.tick_params(colors=INK, labelsize=10)
-        axes.spines[:].set_visible(False)
+    tiers = _draw_utterance(above, waveform, phones, units, colours, sampling_rate=sampling_rate)
     tiers[0].annotate(
         title,
         (0, 1),
@@ -180,20 +143,9 @@ def run_figure(
         color=INK,
     )
     tiers[0].set_title(subtitle, loc="left", fontsize=12, color=INK, pad=8)
-    above.legend(
-        handles=[Patch(color=colour, label=manner) for manner, (_, colour) in MANNERS.items()],
-        loc="outside lower center",
-        ncol=len(MANNERS),
-        frameon=False,
-        fontsize=10,
-        labelcolor=INK,
-        title="phones by manner of articulation; a unit has the colour of the phone it most often lies on",
-        title_fontproperties={"size": 10},
-        handlelength=1.1,
-    )
     charts = below.subplots(1, 3)
     draw_losses(charts[0], rows, min(units), codebook_size)
-    draw_perplexities(charts[1], rows, floor)
+    draw_perplexities(charts[1], rows, codebook_size, floor)
     draw_scores(charts[2], scores, "PNMI on held-out speech")
     return figure
 
@@ -207,7 +159,9 @@ def draw_validation(axes: Axes, rows: Sequence[Mapping[str, Any]], score: str, t
         points = [(row["step"], row[score]) for row in rows if row["name"] == name and row.get(score) is not None]
         steps = [step for step, _ in points]
         values = [max(value) if isinstance(value, list) else value for _, value in points]
-        axes.plot(steps, values, color=_CURVES[i % len(_CURVES)], lw=1.8, marker="o", ms=4, label=name)
+        axes.plot(steps, values, **_curve(i), label=name)
+    axes.set_xlim(0, 1.04 * axes.dataLim.x1 if axes.lines else None)
+    from_zero(axes)
     axes.legend(loc="best")
     chart(axes, title, "training step")
 
@@ -235,10 +189,10 @@ def validation_figure(rows: Sequence[Mapping[str, Any]], first_layer: int) -> Fi
                 continue
             layers = range(first_layer, first_layer + len(row[by_layer]))
             label = f"{name}, step {row['step']}"
-            lower.plot(layers, row[by_layer], color=_CURVES[i % len(_CURVES)], lw=1.8, marker="o", ms=4, label=label)
+            lower.plot(layers, row[by_layer], **_curve(i), label=label)
         if lower.lines:
             lower.legend(loc="best")
-        lower.xaxis.get_major_locator().set_params(integer=True)
+            from_zero(lower)
         chart(lower, title.replace(", best layer", "") + " by layer", "layer")
     return figure
 
@@ -253,14 +207,9 @@ def matrix_figure(counts: np.ndarray, phones: Sequence[str], *, least_share: flo
         phones: The phones' names.
         least_share: Leave out units that make up a smaller share of all steps.
     """
-    manners = list(MANNERS)
-    rows = sorted(
-        range(len(phones)),
-        key=lambda i: (
-            manners.index(_MANNER_OF[phones[i]]) if phones[i] in _MANNER_OF else len(manners),
-            phones[i],
-        ),
-    )
+    counts, phones = merge_phones(counts, phones)
+    kinds = manners(phones)
+    rows = sorted(range(len(phones)), key=lambda i: (list(COLOURS).index(kinds[phones[i]]), phones[i]))
     totals = counts.sum(axis=0)
     used = np.flatnonzero((totals > 0) & (totals >= least_share * totals.sum()))
     shares = counts[np.ix_(np.array(rows), used)] / totals[used]
@@ -277,11 +226,24 @@ def matrix_figure(counts: np.ndarray, phones: Sequence[str], *, least_share: flo
             [i],
             marker="s",
             ms=6,
-            color=phone_colour(phones[row]),
+            mfc=COLOURS[kinds[phones[row]]],
+            mec=FAINT,
+            mew=0.5,
             transform=axes.get_yaxis_transform(),
             clip_on=False,
         )
     axes.tick_params(axis="y", length=0, pad=16, labelsize=9)
+    present = [manner for manner in COLOURS if manner in kinds.values()]
+    figure.legend(
+        handles=[_patch(manner) for manner in present],
+        loc="outside lower left",
+        ncol=min(4, len(present)),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        title="squares: the phones' manner of articulation",
+        title_fontproperties={"size": 9},
+    ).get_title().set_color(INK)
     if len(used) <= 64:
         axes.set_xticks(range(len(used)), [str(unit) for unit in used[order]], rotation=90, fontsize=7, color=INK)
     else:
@@ -296,7 +258,9 @@ def matrix_figure(counts: np.ndarray, phones: Sequence[str], *, least_share: flo
 
 
 def layer_figure(
-    scores: Mapping[int, Mapping[str, float]], titles: Sequence[str] = ("Agreement with phones", "Units in use")
+    scores: Mapping[int, Mapping[str, float]],
+    titles: Sequence[str] = ("Agreement with phones", "Units in use"),
+    chance: float | None = None,
 ) -> Figure:
     """
     Curves of scores over layers: agreement with phones on the left, diversity of units on the right.
@@ -304,6 +268,7 @@ def layer_figure(
     Args:
         scores: By layer, those of `evaluation.all_scores`; any others are drawn together.
         titles: Of the charts.
+        chance: What guessing scores, drawn as a line.
     """
     layers = sorted(scores)
     names = list(scores[layers[0]])
@@ -311,13 +276,15 @@ def layer_figure(
     groups = [group for group in groups if group] or [names]
     figure = Figure(figsize=(6.2 * len(groups), 4.4), layout="constrained")
     for axes, group, title in zip(np.atleast_1d(figure.subplots(1, len(groups))), groups, titles, strict=False):
-        for name, colour in zip(group, _CURVES * len(group), strict=False):
+        for i, name in enumerate(group):
             values = [scores[layer][name] for layer in layers]
-            axes.plot(layers, values, color=colour, lw=2.2, marker="o", ms=5, label=name.replace("_", " "))
-        axes.set_xticks(layers)
-        axes.set_ylim(bottom=0)
+            axes.plot(layers, values, **_curve(i), label=name.replace("_", " "), clip_on=False, zorder=3)
+        if chance is not None:
+            axes.axhline(chance, color=FAINT, lw=1, ls=DASHES, label=f"chance ({chance:g} %)")
+        from_zero(axes)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)
         chart(axes, title, "layer")
+        axes.set_xticks(layers)
     return figure
 
 
@@ -325,10 +292,11 @@ def utterance_figure(
     waveform: np.ndarray | torch.Tensor,
     phones: Phones,
     units: Mapping[int | None, Sequence[int] | np.ndarray],
-    colours: Mapping[int | None, Mapping[int, Any]] | None = None,
+    colours: Mapping[int | None, Mapping[int, tuple[Any, str]]] | None = None,
     *,
     title: str = "",
     sampling_rate: int = 16_000,
+    part: tuple[float, float | None] = (0.0, None),
 ) -> Figure:
     """
     Spectrogram of an utterance with its phones and the units of some layers.
@@ -337,31 +305,67 @@ def utterance_figure(
         waveform: Samples.
         phones: `(phone, start, end)` in seconds; may be empty.
         units: One unit per 20 ms frame, by layer; None where the layer is not known.
-        colours: A colour for every unit of every layer, from `unit_colours`.
+        colours: A colour for every unit of every layer, from `palette.unit_colours`.
         title: A line above.
         sampling_rate: Samples per second.
+        part: Which part of it, from and to (its end for None), in seconds.
     """
-    tiers: list[Any] = [*["phones"] * bool(len(phones)), *sorted(units)]  # type: ignore[type-var]  # one None, or none
+    figure = Figure(figsize=(16, 3.8 + 0.6 * (bool(len(phones)) + len(units))), layout="constrained")
+    axes = _draw_utterance(figure, waveform, phones, units, colours or {}, sampling_rate=sampling_rate, part=part)
+    axes[0].set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK)
+    return figure
+
+
+def _draw_utterance(
+    figure: Figure | SubFigure,
+    waveform: np.ndarray | torch.Tensor,
+    phones: Phones,
+    units: Mapping[Any, Sequence[int] | np.ndarray],
+    colours: Mapping[Any, Mapping[int, tuple[Any, str]]],
+    *,
+    sampling_rate: int,
+    part: tuple[float, float | None] = (0.0, None),
+) -> np.ndarray:
+    """Spectrogram and tiers, one above the other, and the legend of their colours."""
     duration = len(waveform) / sampling_rate
-    figure = Figure(figsize=(16, 3.4 + 0.6 * len(tiers)), layout="constrained")
-    axes = figure.subplots(1 + len(tiers), 1, sharex=True, gridspec_kw={"height_ratios": [4.2, *[0.75] * len(tiers)]})
-    axes = np.atleast_1d(axes)
-    draw_spectrogram(axes[0], waveform, sampling_rate)
+    start, end = part[0], duration if part[1] is None else min(part[1], duration)
+    if not 0 <= start < end:
+        raise ValueError(f"There is nothing between {start:g} and {end:g} s of a recording of {duration:.2f} s.")
+    tiers: list[Any] = [*["phones"] * bool(len(phones)), *sorted(units)]
+    ratios = {"height_ratios": [4.2, *[0.75] * len(tiers)]}
+    axes = np.atleast_1d(figure.subplots(1 + len(tiers), 1, sharex=True, gridspec_kw=ratios))
+    axes[0].set_xlim(start, end)
+    piece = waveform[int(start * sampling_rate) : int(np.ceil(end * sampling_rate))]
+    draw_spectrogram(axes[0], piece, sampling_rate, start)
+    axes[0].set_xlim(start, end)
+    characters_per_second = 250 / (end - start)  # what a line of such a page holds of the tiers' digits
     for tier, layer in zip(axes[1:], tiers, strict=True):
         if layer == "phones":
-            draw_phones(tier, phones, 250 / duration)
+            draw_phones(tier, phones, characters_per_second)
         else:
             name = "units" if layer is None else f"layer {layer}"
-            draw_units(tier, units[layer], (colours or {}).get(layer, {}), name, 250 / duration)
-    for tier in axes[:-1]:
-        tier.tick_params(bottom=False, labelbottom=False)
-    axes[-1].set_xlabel("seconds", color=INK)
-    axes[0].set_xlim(0, duration)
-    axes[0].set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK)
+            draw_units(tier, units[layer], colours.get(layer, {}), name, characters_per_second)
     for tier in axes:
         tier.tick_params(colors=INK, labelsize=10)
         tier.spines[:].set_visible(False)
-    return figure
+    for tier in axes[:-1]:
+        tier.tick_params(bottom=False, labelbottom=False)
+    axes[-1].set_xlabel("seconds", color=INK)
+    known = any(colours.values())
+    labels = [manner for manner in COLOURS if manner != "other"] if known or len(phones) else []
+    title = "phones by manner of articulation" + "; a unit has the colour of the phone it most often lies on" * known
+    figure.legend(
+        handles=[_patch(manner) for manner in [*labels, *["other"] * bool(labels)]],
+        loc="outside lower center",
+        ncol=len(COLOURS),
+        frameon=False,
+        fontsize=10,
+        labelcolor=INK,
+        title=title if labels else "each unit has a colour of its own, the same everywhere",
+        title_fontproperties={"size": 10},
+        handlelength=1.4,
+    ).get_title().set_color(INK)
+    return axes
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 120) -> None:
@@ -374,21 +378,55 @@ def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 120) -> None
         figure.savefig(partial, dpi=dpi)
 
 
-def _block(
-    axes: Axes, start: float, end: float, colour: Any, text: str, size: float, characters_per_second: float
-) -> None:
-    axes.axvspan(start, end, facecolor=colour, edgecolor="white", lw=0.8)
-    if len(text) > (end - start) * characters_per_second - 0.3:
-        return
-    bright = float(np.dot(to_rgb(colour), (0.3, 0.59, 0.11))) > 0.5
-    ink = INK if bright else "white"
-    axes.text((start + end) / 2, 0.47, text, ha="center", va="center", fontsize=size, color=ink)
+class _Block(NamedTuple):
+    """A phone or a run of a unit: seconds, colour, and what it is."""
+
+    start: float
+    end: float
+    colour: Any
+    manner: str
+    text: str
 
 
-def _tier(axes: Axes, name: str) -> None:
+def _draw_tier(axes: Axes, blocks: Sequence[_Block], name: str, size: float, characters_per_second: float) -> None:
+    """Blocks side by side; those long enough hold their text."""
+    left, right = axes.get_xlim() if axes.get_autoscalex_on() is False else (-np.inf, np.inf)
+    shown = [block for block in blocks if block.end > left and block.start < right]
+    for hatched in (False, True):
+        group = [block for block in shown if (block.manner == HATCHED) == hatched]
+        axes.broken_barh(
+            [(block.start, block.end - block.start) for block in group],
+            (0, 1),
+            facecolors=[block.colour for block in group],
+            edgecolors=FAINT if hatched else "white",
+            # In proportion, or the edges of narrow blocks would cover them.
+            linewidths=[min(0.8, 0.12 * characters_per_second * (block.end - block.start)) for block in group],
+            hatch="////" if hatched else None,
+        )
+    for block in shown:
+        start, end = max(block.start, left), min(block.end, right)
+        if block.text and len(block.text) <= (end - start) * characters_per_second - 0.3:
+            ink = ink_on(block.colour)
+            axes.text((start + end) / 2, 0.47, block.text, ha="center", va="center", fontsize=size, color=ink)
     axes.set_ylim(0, 1)
     axes.set_yticks([])
     axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11, color=INK)
+
+
+def _curve(index: int) -> dict[str, Any]:
+    """The look of a chart's curve by its number."""
+    return {
+        "color": SERIES[index % len(SERIES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "ls": "-" if index < len(SERIES) else DASHES,
+        "lw": 2,
+        "ms": 5,
+    }
+
+
+def _patch(manner: str) -> Patch:
+    hatch = {"hatch": "////"} if manner == HATCHED else {}
+    return Patch(facecolor=COLOURS[manner], edgecolor=FAINT, lw=0.5, label=manner, **hatch)
 
 
 __all__ = [
@@ -401,10 +439,8 @@ __all__ = [
     "draw_validation",
     "layer_figure",
     "matrix_figure",
-    "phone_colour",
     "run_figure",
     "save_figure",
-    "unit_colours",
     "utterance_figure",
     "validation_figure",
 ]

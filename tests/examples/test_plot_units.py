@@ -74,6 +74,9 @@ def test_the_command(tmp_path, speech):
     assert (tmp_path / "a.png").exists()
     one = tmp_path / "units" / "5" / "units.jsonl"
     assert run_command("plot_units", speech / "small.tar", one, tmp_path / "b.pdf").status == 0
+    part = run_command("plot_units", *arguments, "--start", 0.5, "--end", 1)
+    assert part.status == 0 and "--start and --end" not in part.err
+    fails(run_command("plot_units", *arguments, "--start", 90), "nothing between 90 and")
     fails(run_command("plot_units", *arguments, "--layers", 7), "no units of layer 7")
     fails(run_command("plot_units", *arguments, "--file", "nothing"), "no utterance nothing")
     fails(run_command("plot_units", *arguments[:2], tmp_path / "a.txt"), "a.txt")
