@@ -353,16 +353,11 @@ class SkippedFiles:
         return f"The commonest of the reasons ({count} times), for one: {self._examples[kind]}"
 
 
-def make_sampler(
-    source: AudioSource,
-    data: DataSection,
-    model: SpidrConfig,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    accumulation: int = 1,
-) -> BucketSampler:
-    """Sampler of a `[data]` section. Utterances too short for two frames are dropped whatever `min_sample_size` is."""
+def make_sampler(source: AudioSource, data: DataSection, model: SpidrConfig, **layout: int) -> BucketSampler:
+    """Sampler of a `[data]` section; `layout`: rank, world_size and accumulation, as `BucketSampler` has them.
+
+    Utterances too short for two frames are dropped whatever `min_sample_size` is.
+    """
     return BucketSampler(
         source.num_samples,
         max_batch_length=data.max_batch_length,
@@ -373,10 +368,8 @@ def make_sampler(
         bucket_method=data.bucket_method,
         seed=data.random_seed,
         drop_last=data.drop_last,
-        rank=rank,
-        world_size=world_size,
-        accumulation=accumulation,
         shares=getattr(source, "shares", None),
+        **layout,
     )
 
 

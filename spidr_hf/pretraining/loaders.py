@@ -49,8 +49,8 @@ class EpochLoader:
         config: the run's configuration.
         model: for the arithmetic of its convolutions.
         state: where the run stands.
-        rank, world_size, accumulation: see `BucketSampler`.
         pin_memory: whether there is a GPU to copy to.
+        layout: rank, world_size and accumulation, see `BucketSampler`.
     """
 
     def __init__(
@@ -60,14 +60,10 @@ class EpochLoader:
         model: SpidrConfig,
         state: TrainerState,
         *,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulation: int = 1,
         pin_memory: bool = False,
+        **layout: int,
     ):
-        self.sampler = make_sampler(
-            source, config.data, model, rank=rank, world_size=world_size, accumulation=accumulation
-        )
+        self.sampler = make_sampler(source, config.data, model, **layout)
         self.sampler.position = Position(state.epoch, state.batch)
         batches = PretrainingBatches(source, config.data, config.masking, model, config.run.random_seed)
         self._loader = make_loader(batches, self.sampler, config.data, pin_memory=pin_memory)
