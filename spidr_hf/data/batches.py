@@ -431,12 +431,12 @@ def padded(rows: Sequence[np.ndarray], width: int | None = None, value: float = 
     Returns:
         The tensor, and B x S (bool), True on a row; None where all of them fill it.
     """
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = np.array([len(row) for row in rows])
     width = int(lengths.max()) if width is None else width
     filled = torch.full((len(rows), width), value, dtype=torch.from_numpy(np.empty(0, rows[0].dtype)).dtype)
     for target, row in zip(filled.numpy(), rows, strict=True):
         target[: len(row)] = row
-    return filled, torch.arange(width) < lengths[:, None] if lengths.min() < width else None
+    return filled, torch.arange(width) < torch.from_numpy(lengths)[:, None] if lengths.min() < width else None
 
 
 def check_length(fileid: str, samples: int, expected: int, lowest: int, told: int | None = None) -> None:
