@@ -102,7 +102,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
     processes = f"{world_size} process{'es' * (world_size > 1)} on {device.type}"
     run.settle()
     notes = [*run.notes, *learner.notes, *loader.notes, f"{loader}; {processes}"]
-    reporter = Reporter(output_dir, config, run.accelerator, state, notes)
+    reporter = Reporter(output_dir, config, run.accelerator, state, notes, run.source)
     reporter.skipped.add(*loader.scanned)
     updates = Updates(model, learner.optimizer, state, loss_scale, reporter, config.run.max_nonfinite_steps)
     stop = run.stop_signal()

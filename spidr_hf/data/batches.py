@@ -13,7 +13,7 @@ import os
 import re
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ..configuration_spidr import SpidrConfig, frame_lengths, receptive_field
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..system.errors import AudioError
+from ..system.files import write_text
 from ..system.processes import die_with_parent, kill_workers_at_exit
 from ..system.shared_memory import WorkerError, check_shared_memory, local_processes, no_room, shared_bytes
 from ..system.tables import json_lines
@@ -301,14 +302,22 @@ class SkippedFiles:
     """The list of utterances that could not be used, `skipped.jsonl`, and the point where there are too many.
 
     Args:
-        path: the file; entries of an earlier start of the run stay. None: keep no file.
+        path: the file; entries of an earlier start of the run stay until they are used again. None: keep no file.
         max_share: largest share of the utterances tried that may be skipped.
         limit: what messages call it.
+        writes: whether this process keeps the file; the others only know what is in it.
     """
 
-    def __init__(self, path: str | Path | None, max_share: float, limit: str = "`data.max_skipped_share`"):
+    def __init__(
+        self,
+        path: str | Path | None,
+        max_share: float,
+        limit: str = "`data.max_skipped_share`",
+        *,
+        writes: bool = True,
+    ):
         self.path = None if path is None else Path(path)
-        self.max_share, self.limit = max_share, limit
+        self.max_share, self.limit, self._writes = max_share, limit, writes
         self.tried = 0
         self.skipped = 0
         self._listed: set[str] = set()
@@ -317,9 +326,17 @@ class SkippedFiles:
         if self.path is not None and self.path.exists():
             # A line may have been cut off when the run was killed.
             self._listed = {name for _, name in json_lines(self.path, lambda row: str(row["file"]))}
+        self._earlier = set(self._listed)  # by another start, and not again by this one
 
-    def add(self, skipped: Sequence[Skipped], tried: int) -> None:
-        """Count utterances and list those skipped for the first time.
+    def used_again(self, utterances: Sequence[int] | np.ndarray, skipped: Sequence[Skipped], source: Any) -> list[str]:
+        """Which utterances of a batch an earlier start has listed, and this one can use."""
+        if not self._earlier or not hasattr(source, "fileid"):  # streams do not know names by numbers
+            return []
+        names = {source.fileid(int(index)) for index in utterances}
+        return sorted(names & self._earlier - {entry.fileid for entry in skipped})
+
+    def add(self, skipped: Sequence[Skipped], tried: int, used_again: Collection[str] = ()) -> None:
+        """Count utterances, list those skipped for the first time, and take those off the list that are used again.
 
         Raises `AudioError` when too many were skipped so far.
         """
@@ -330,7 +347,14 @@ class SkippedFiles:
             self._kinds[kind] += 1
             self._examples.setdefault(kind, entry.reason)
         new = {entry.fileid: entry for entry in skipped if entry.fileid not in self._listed}
-        if new and self.path is not None:
+        self._earlier -= {entry.fileid for entry in skipped}
+        if gone := self._earlier.intersection(used_again):
+            self._earlier -= gone
+            self._listed -= gone
+            if self.path is not None and self._writes:
+                kept = [row for _, row in json_lines(self.path, dict) if row.get("file") not in gone]
+                write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        if new and self.path is not None and self._writes:
             text = "".join(json.dumps({"file": name, "reason": entry.reason}) + "\n" for name, entry in new.items())
             with open(self.path, "a+b") as file:
                 if file.tell() > 0:

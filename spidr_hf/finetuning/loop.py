@@ -126,7 +126,7 @@ def finetune(
         f"{len(train)} utterances, {sampler.hours:.2f} h; {sampler.updates_per_epoch()} updates per epoch; "
         f"{world_size} process{'es' * (world_size > 1)} on {device.type}"
     )
-    reporter = Reporter(folder, settings, state)
+    reporter = Reporter(folder, settings, state, train.source)
     remedy = "Start anew with a lower --lr or with --dtype float32."
     guard = UpdateGuard(state, _MAX_NONFINITE, remedy, say)
     stop = StopSignal(device, folders=[checkpoints.folder])

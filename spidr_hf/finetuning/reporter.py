@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from ..data.sources import AudioSource
 from ..training.checkpoints import TrainerState
 from ..training.metrics import read_rows
 from ..training.reporting import RunReport, say_above_bar
@@ -18,7 +19,7 @@ _MAX_SKIPPED = 0.5  # of the utterances tried
 class Reporter(RunReport):
     """metrics.jsonl, the progress bar, unusable audio, and which step was the best so far."""
 
-    def __init__(self, folder: Path, settings: Settings, state: TrainerState):
+    def __init__(self, folder: Path, settings: Settings, state: TrainerState, source: AudioSource):
         self._interval = settings.log_interval
         self._best: float | None = state.metrics.get("best")
         super().__init__(
@@ -28,6 +29,7 @@ class Reporter(RunReport):
             steps=settings.steps,
             title="Fine-tuning",
             averages=state.metrics.get("averages"),
+            source=source,
             max_skipped=_MAX_SKIPPED,
             limit="the share that may be left out",
         )

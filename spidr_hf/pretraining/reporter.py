@@ -7,6 +7,7 @@ row before; learning rate and teacher decay are those of the logged step itself.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -32,6 +33,7 @@ class Reporter(RunReport, Observer):
         accelerator: its processes and trackers.
         state: where the run begins or resumes.
         notes: what to say first, one line each; None is passed over.
+        source: the audio, for the names of what is used again.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Reporter(RunReport, Observer):
         accelerator: Accelerator,
         state: TrainerState,
         notes: Sequence[str | None] = (),
+        source: Any = None,
     ):
         self.processes = accelerator
         for note in notes:
@@ -52,6 +55,7 @@ class Reporter(RunReport, Observer):
             steps=config.optimizer.max_steps,
             title="Pretraining",
             averages=state.metrics,
+            source=source,
             max_skipped=config.data.max_skipped_share,
         )
         run = config.run

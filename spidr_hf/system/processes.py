@@ -37,7 +37,7 @@ class RunLock:
     may still be saving). `name` is that of the file; runs with locks of other names may share the folder.
     """
 
-    def __init__(self, folder: str | Path, patience: float = 10.0, name: str = ".lock"):
+    def __init__(self, folder: str | Path, patience: float = 10.0, *, name: str = ".lock"):
         self.path = Path(folder) / name
         self._file = self._opened()
         deadline = time.monotonic() + patience

@@ -34,6 +34,7 @@ class RunReport:
         step, steps: where the run begins or resumes, and how many updates it makes.
         title: of the progress bar.
         averages: state of the averages of an earlier start.
+        source: the audio, for the names of what an earlier start could not use and this one can.
         max_skipped, limit: see `SkippedFiles`.
     """
 
@@ -46,19 +47,22 @@ class RunReport:
         steps: int,
         title: str,
         averages: Mapping[str, Any] | None,
+        source: Any,
         max_skipped: float,
         limit: str = "`data.max_skipped_share`",
     ):
         is_main = processes.is_main_process
         self.processes, self.averages = processes, Averages(averages)
         self.bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=not is_main)
-        self.skipped = SkippedFiles(folder / "skipped.jsonl" if is_main else None, max_skipped, limit)
+        self._source = source
+        self.skipped = SkippedFiles(folder / "skipped.jsonl", max_skipped, limit, writes=is_main)
         self._file = MetricsFile(folder / "metrics.jsonl", step) if is_main else None
         self._restart()
 
     def batch(self, batch: HeardBatch) -> None:
         """Take note of a batch of this process."""
-        self._seen.append((batch.skipped, len(batch.key.utterances), batch.audio_samples))
+        again = self.skipped.used_again(batch.key.utterances, batch.skipped, self._source)
+        self._seen.append((batch.skipped, len(batch.key.utterances), batch.audio_samples, again))
         self._samples += batch.audio_samples
 
     def pause(self, seconds: float) -> None:
@@ -90,7 +94,7 @@ class RunReport:
             "epoch": epoch + 1,
             **{name: means.get(name) for name in averaged},
             **now,
-            "audio_seconds_per_second": sum(samples for _, _, samples in seen) / SAMPLING_RATE / seconds,
+            "audio_seconds_per_second": sum(samples for _, _, samples, _ in seen) / SAMPLING_RATE / seconds,
             "world_size": self.processes.num_processes,
             **scores,
         }
@@ -98,7 +102,11 @@ class RunReport:
             self._file.write(row)
         self.averages.reset()
         self._restart()
-        self.skipped.add([entry for skipped, _, _ in seen for entry in skipped], sum(tried for _, tried, _ in seen))
+        self.skipped.add(
+            [entry for skipped, *_ in seen for entry in skipped],
+            sum(tried for _, tried, *_ in seen),
+            [name for *_, again in seen for name in again],
+        )
         return row
 
     def close(self) -> None:
@@ -108,7 +116,7 @@ class RunReport:
             self._file.close()
 
     def _restart(self) -> None:
-        self._seen: list[tuple[list[Skipped], int, int]] = []
+        self._seen: list[tuple[list[Skipped], int, int, list[str]]] = []
         self._samples, self._since = 0, time.perf_counter()
 
 

@@ -229,6 +229,26 @@ def test_skipped_files_are_listed_once(tmp_path):
     assert [json.loads(line)["file"] for line in (lines[0], lines[2])] == ["a", "b"] and len(lines) == 3
 
 
+def test_what_is_used_again_goes_from_the_list(tmp_path):
+    """What an earlier start could not use; not what this one cannot use now and then."""
+    path, source = (
+        tmp_path / "skipped.jsonl",
+        Manifest(pa.table({"path": ["a.wav", "b.wav", "c.wav"], "num_samples": [1, 1, 1]}), tmp_path),
+    )
+    SkippedFiles(path, 0.9).add([Skipped(name, "why") for name in ("a", "b")], tried=10)
+    rest, again = (SkippedFiles(path, 0.9, writes=writes) for writes in (False, True))
+    assert again.used_again([0, 1, 2], [Skipped("b", "why")], source) == ["a"] == rest.used_again([0], [], source)
+    assert again.used_again([0], [], object()) == []
+    before = path.read_bytes()
+    rest.add([Skipped("c", "why")], 1, ["a"])
+    assert path.read_bytes() == before
+    again.add([Skipped("b", "why"), Skipped("c", "why")], 3, ["a"])
+    again.add([], 2, again.used_again([1, 2], [], source))
+    assert [json.loads(line)["file"] for line in path.read_text().splitlines()] == ["b", "c"]
+    again.add([Skipped("a", "once more")], 1)
+    assert [json.loads(line)["file"] for line in path.read_text().splitlines()] == ["b", "c", "a"]
+
+
 def test_too_many_skipped_files_stop_the_run(tmp_path):
     files = SkippedFiles(tmp_path / "skipped.jsonl", max_share=0.1)
     files.add([Skipped("a", "x"), Skipped("b", "x")], tried=2)  # two of the first twenty may fail

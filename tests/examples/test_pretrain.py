@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining, SpidrModel
 from spidr_hf.data.batches import PretrainingBatches
+from spidr_hf.data.manifests import scan_folder
 from spidr_hf.hub.spidr_names import to_model_section
 from spidr_hf.pretraining.config import load_config
 from spidr_hf.system.errors import BatchingError, ConfigError, ManifestError, RunFolderError
@@ -46,6 +47,24 @@ def config(audio, tmp_path) -> Path:
 def pretrain(config, tmp_path):
     """`pretrain(name, *overrides)` runs it in this process, into a folder of that name, and returns the folder."""
     return lambda name, *overrides, **options: pretrain_here(config, tmp_path / name, *overrides, **options)
+
+
+def test_what_a_later_start_uses_is_listed_no_more(pretrain, audio, tmp_path):
+    shutil.copytree(audio, tmp_path / "copy")
+    scan_folder(tmp_path / "copy", progress=False).write(tmp_path / "m.csv")
+    first, *_, last = sorted((tmp_path / "copy").glob("*.*"))
+    whole = first.read_bytes()
+    first.write_text("not audio")
+    last.unlink()
+    options = ("--data.manifest", str(tmp_path / "m.csv"), "--data.max_skipped_share", "0.9")
+
+    def listed(folder):
+        return sorted(json.loads(line)["file"] for line in (folder / "skipped.jsonl").read_text().splitlines())
+
+    folder = pretrain("run", *options, "--optimizer.max_steps", "12")
+    assert listed(folder) == [first.stem, last.stem]
+    first.write_bytes(whole)
+    assert listed(pretrain("run", *options, "--optimizer.max_steps", "24")) == [last.stem]
 
 
 class Killed(BaseException):
