@@ -14,6 +14,7 @@ Needs the extra `demo`: pip install 'spidr_hf[demo]'.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +66,41 @@ def main() -> None:
 
 def launch(models: dict[str, Any], port: int | None, share: bool) -> None:
     """Show the page until Ctrl-C."""
-    import gradio
+    from .demo_page.unit_html import STYLE, UPLOADS
 
-    from .demo_page.unit_html import STYLE
-
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from elsewhere
     page(models).launch(
         server_port=port,
         share=share,
-        theme=gradio.themes.Soft(**fonts),
+        theme=theme(),
         css=STYLE,
+        js=UPLOADS,
         footer_links=[],
         run_history=False,
         ssr_mode=False,
         max_file_size="500mb",  # above it Gradio refuses; below it the page says what is wrong
     )
+
+
+def theme() -> Any:
+    """Gradio's Soft with fonts of this machine, and labels that can be read (its own have a contrast of 4)."""
+    import gradio
+
+    soft = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    labels = {f"block_{part}_text_color": "*primary_700" for part in ("label", "title")}
+    dark = {f"{name}_dark": "*neutral_100" for name in labels}
+    subdued = {"block_info_text_color": "*neutral_600", "body_text_color_subdued": "*neutral_600"}
+    return soft.set(**labels, **dark, **subdued, **{f"{name}_dark": "*neutral_300" for name in subdued})
+
+
+def model_choices(names: Sequence[str]) -> list[tuple[str, str]]:
+    """What models are called on the page, and their names: folders by their own name (of a run's `final` with the
+    run's), unless two are alike."""
+    short = {}
+    for name in names:
+        folder = Path(name).resolve()
+        parts = folder.parts[-2:] if folder.name == "final" else folder.parts[-1:]
+        short[name] = "/".join(parts) if folder.is_dir() else name
+    return [(label if list(short.values()).count(label) == 1 else name, name) for name, label in short.items()]
 
 
 def page(models: dict[str, Any]) -> Any:
@@ -91,7 +112,7 @@ def page(models: dict[str, Any]) -> Any:
 
     descriptions = {name: {**describe_model(model), "model": name} for name, (model, _) in models.items()}
 
-    def update(name, layer, first, second, known):
+    def update(name, layer, every, first, second, known):
         """All that depends on model, layer and recordings. `known` keeps what was computed for the last ones; of a file
         that was refused, and is gone, the reason."""
         model, feature_extractor = models[name]
@@ -113,13 +134,14 @@ def page(models: dict[str, Any]) -> Any:
                     Path(path).unlink(missing_ok=True)
                 continue
             results[name, path] = result
-            views.append(timeline_html(result, layer, label))
+            views.append(timeline_html(result, [layer, *(x for x in layers if every and x != layer)], label))
         shown = [results[name, path] for path in (first, second) if (name, path) in results]
         compared = comparison_html(*shown, layer, LABELS) if len(shown) == 2 else ""
         report = units_report(shown, layer, descriptions[name]) if shown else {}
         link = download_html(report, f"units-layer-{layer}.json") if shown else ""
         choices = unit_choices(shown, layer)
         return (
+            gr.Dropdown(info=name),
             gr.Dropdown(choices=layers, value=layer),
             *views,
             compared,
@@ -151,10 +173,13 @@ def page(models: dict[str, Any]) -> Any:
         names = list(models)
         config = models[names[0]][0].config
         with gr.Row():
-            name = gr.Dropdown(names, value=names[0], label="Model", min_width=320, elem_id="model")
+            name = gr.Dropdown(
+                model_choices(names), value=names[0], label="Model", info=names[0], min_width=320, elem_id="model"
+            )
             layer = gr.Dropdown(
                 unit_layers(config), value=default_layer(config), label="Layer, from 1", elem_id="layer"
             )
+            every = gr.Checkbox(label="All layers, one above the other", elem_id="every")
         with gr.Row():
             first, second = (
                 gr.Audio(
@@ -176,10 +201,10 @@ def page(models: dict[str, Any]) -> Any:
             )
         link = gr.HTML(elem_id="download")
         gr.on(
-            [name.input, layer.input, first.change, second.change],
+            [name.input, layer.input, every.input, first.change, second.change],
             update,
-            [name, layer, first, second, known],
-            [layer, *views, compared, unit, heard, link, known],
+            [name, layer, every, first, second, known],
+            [name, layer, *views, compared, unit, heard, link, known],
             trigger_mode="always_last",
             api_visibility="private",
         ).then(hear, [layer, unit, known], heard, api_visibility="private")

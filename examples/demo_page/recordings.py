@@ -44,6 +44,11 @@ class Recording:
         """Length."""
         return len(self.waveform) / SAMPLING_RATE
 
+    @property
+    def silent(self) -> bool:
+        """Whether no sample reaches a thousandth of full scale (-60 dB)."""
+        return float(np.abs(self.waveform).max(initial=0)) < 0.001
+
 
 def default_layer(config: SpidrConfig) -> int:
     """The layer to show first: 6, that of the paper's units (arXiv 2512.20308), or the last where 6 has none."""

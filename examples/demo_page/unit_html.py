@@ -8,7 +8,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,23 +25,31 @@ from .recordings import FRAME, Recording, unit_stretches
 _PIXELS = 320  # of the page per second: a frame of 20 ms is 6.4 wide
 _IMAGE_PIXELS = 160  # of the picture per second; its content changes every 2.5 ms, but windows are 25 ms long
 _HEIGHT = 190
-_DIGIT = 7.2  # pixels
 
 STYLE = """
 .units { margin: 0 0 .4rem; color: var(--body-text-color, #26303a); }
 .units h3 { margin: .2rem 0; font-size: 1.05rem; overflow-wrap: anywhere; }
 .units p { margin: .2rem 0; }
 .units .scroll { overflow-x: auto; padding-bottom: .3rem; }
-.units .strip { position: relative; }
+.units .frame { position: relative; }
+.units .strip { position: relative; width: calc(var(--zoom, 1) * var(--width)); }
 .units img { display: block; width: 100%; height: 190px; max-width: none; border-radius: 4px 4px 0 0; margin: 0; }
-.units .kilohertz { position: absolute; left: 4px; font-size: 11px; color: #fff; text-shadow: 0 0 3px #000; }
+.units .kilohertz { position: absolute; left: 4px; z-index: 2; padding: 0 3px; font-size: 11px; color: #fff;
+  background: #17202a; border-radius: 2px; pointer-events: none; }
+.units .layer { height: 18px; font-size: 12px; }
+.units .layer span { position: sticky; left: 4px; }
+.units .controls button { min-height: 40px; padding: 0 .8rem; margin-right: .4rem; font: inherit; color: #fff;
+  background: #1d5fb0; border-radius: 6px; }
+.units .remark { border-left: 4px solid #8a6d00; padding: .3rem .8rem; }
 .units .tier { position: relative; height: 46px; margin-top: 2px; }
 .units button { font: 12px/1 ui-monospace, monospace; color: #17202a; border: 0; padding: 0; cursor: pointer;
   overflow: hidden; border-radius: 2px; min-width: 0; }
-.units .tier button { position: absolute; top: 0; height: 44px; box-shadow: inset -1px 0 #fff; }
+.units .tier button { position: absolute; top: 0; height: 44px; container-type: inline-size; }
+.units .tier button { border-right: 1px solid #fff; }
+@container (max-width: 24px) { .units .tier button span { display: none; } }
 .units button.same { outline: 2px solid #1d6fd1; outline-offset: -2px; }
 .units button:focus-visible { outline: 3px solid #d81b60; outline-offset: 1px; z-index: 3; }
-.units button.playing { filter: brightness(.72); }
+.units button.playing { box-shadow: inset 0 -8px #d81b60; }
 .units .seconds { position: relative; height: 20px; font-size: 12px; }
 .units .seconds span { position: absolute; border-left: 1px solid currentColor; padding-left: 3px; }
 .units .said { min-height: 1.5em; font-variant-numeric: tabular-nums; }
@@ -58,7 +66,7 @@ STYLE = """
 
 SCRIPT = """
 const context = () => (window.unitsAudio ??= new AudioContext());
-const buttons = (group) => [...group.querySelectorAll("button")];
+const buttons = (group) => [...group.querySelectorAll("button[data-unit]")];
 let source = null;
 async function play(button) {
   const holder = element.querySelector(`[data-sound="${button.dataset.of}"]`);
@@ -80,10 +88,11 @@ async function play(button) {
 }
 function choose(button, move) {
   const group = button.closest("[data-group]");
+  const alike = (b) => b.dataset.unit === button.dataset.unit && b.dataset.layer === button.dataset.layer;
   buttons(group).forEach((b) => (b.tabIndex = b === button ? 0 : -1));
-  buttons(element).forEach((b) => b.classList.toggle("same", b.dataset.unit === button.dataset.unit));
-  const count = buttons(element).filter((b) => b.dataset.unit === button.dataset.unit
-    && b.closest("[data-group]") === group).length;
+  buttons(element).forEach((b) => b.classList.toggle("same", alike(b)));
+  buttons(element).forEach((b) => b.classList.toggle("chosen", b === button));
+  const count = buttons(group).filter(alike).length;
   button.closest("section").querySelector(".said").textContent =
     `${button.getAttribute("aria-label")}; ${count} of this unit here`;
   if (move) {
@@ -91,12 +100,31 @@ function choose(button, move) {
     button.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 }
+function control(button) {
+  const strip = element.querySelector(".strip"), all = buttons(element);
+  const chosen = element.querySelector("button.chosen");
+  if (button.dataset.zoom) {
+    const zoom = Number(strip.style.getPropertyValue("--zoom") || 1) * Number(button.dataset.zoom);
+    strip.style.setProperty("--zoom", Math.max(1, Math.min(8, zoom)));
+    chosen?.scrollIntoView({ block: "nearest", inline: "center" });
+    return;
+  }
+  const group = chosen ? buttons(chosen.closest("[data-group]")) : all;
+  const at = chosen ? group.indexOf(chosen) + Number(button.dataset.step) : 0;
+  const next = group[Math.max(0, Math.min(group.length - 1, at))];
+  choose(next, false);
+  next.scrollIntoView({ block: "nearest", inline: "nearest" });
+  play(next);
+}
 element.addEventListener("click", (event) => {
   const button = event.target.closest(".units button");
-  if (button) { choose(button, false); play(button); }
+  if (!button) return;
+  if (button.dataset.unit === undefined) { control(button); return; }
+  choose(button, false);
+  play(button);
 });
 element.addEventListener("keydown", (event) => {
-  const button = event.target.closest(".units button");
+  const button = event.target.closest(".units button[data-unit]");
   if (!button) return;
   const all = buttons(button.closest("[data-group]")), at = all.indexOf(button);
   const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: all.length - 1 }[event.key];
@@ -106,18 +134,42 @@ element.addEventListener("keydown", (event) => {
 });
 """
 
+# Gradio's own message about a file that is no sound lists types; the page reads everything, and says what is wrong.
+UPLOADS = """
+() => {
+  const take = (input, files) => {
+    const all = new DataTransfer();
+    [...files].forEach((file) => all.items.add(new File([file], file.name, { type: "audio/wav" })));
+    input.files = all.files;
+  };
+  const other = (files) => [...files].some((file) => !file.type.startsWith("audio/"));
+  document.addEventListener("change", ({ target }) => {
+    if (target.matches?.("input[type=file]") && other(target.files)) take(target, target.files);
+  }, true);
+  document.addEventListener("drop", (event) => {
+    const input = event.target.closest("#audio-A, #audio-B")?.querySelector("input[type=file]");
+    if (!input || !other(event.dataTransfer.files)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    take(input, event.dataTransfer.files);
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  }, true);
+}
+"""
 
-def timeline_html(recording: Recording, layer: int, label: str) -> str:
-    """Spectrogram and units of a recording, which play; `label` tells recordings apart."""
-    units, name = recording.units[layer], html.escape(recording.name)
+
+def timeline_html(recording: Recording, layers: Sequence[int], label: str) -> str:
+    """Spectrogram and units of a recording, which play: a tier for each layer, whose first is described. `label` tells
+    recordings apart."""
+    layer, name = layers[0], html.escape(recording.name)
+    units = recording.units[layer]
     stretches = unit_stretches(units)
-    width = recording.seconds * _PIXELS
-    blocks = "".join(
-        _button(unit, start, frames, label, first=not start, place=True) for unit, start, frames in stretches
-    )
+    tiers = "".join(_tier(recording, each, label, named=len(layers) > 1) for each in layers)
+    quiet = "There is next to no sound in this recording (below -60 dB): its units are those of silence."
+    remark = f'<p class="remark" role="status">{quiet}</p>' if recording.silent else ""
     step = 0.5 if recording.seconds <= 20 else 1.0
     seconds = "".join(
-        f'<span style="left:{_PIXELS * step * i:.0f}px">{step * i:g} s</span>'
+        f'<span style="left:{100 * step * i / recording.seconds:.3f}%">{step * i:g} s</span>'
         for i in range(int(recording.seconds / step - 0.2) + 1)
     )
     kilohertz = "".join(
@@ -127,10 +179,13 @@ def timeline_html(recording: Recording, layer: int, label: str) -> str:
         f'<section class="units" aria-label="{label}: {name}"><h3>{label}: {name}</h3>'
         f"<p>{recording.seconds:.2f} s, {len(units)} frames of 20 ms, {len(stretches)} units without repeats, "
         f"{len(set(units.tolist()))} different ones (layer {layer}).</p>"
-        f'<div class="scroll"><div class="strip" style="width:{width:.0f}px">'
+        f'{remark}<p class="controls"><button type="button" data-step="-1">Previous</button>'
+        '<button type="button" data-step="1">Next</button><button type="button" data-zoom="2">Wider</button>'
+        '<button type="button" data-zoom="0.5">Narrower</button></p>'
+        f'<div class="frame">{kilohertz}<div class="scroll">'
+        f'<div class="strip" style="--width:{recording.seconds * _PIXELS:.0f}px">'
         f'<img src="data:image/jpeg;base64,{_spectrogram(recording)}" alt="Spectrogram of {name}, 0 to 8 kHz">'
-        f'{kilohertz}<div class="tier" role="toolbar" data-group aria-label="Units of {label}">{blocks}</div>'
-        f'<div class="seconds" aria-hidden="true">{seconds}</div></div></div>'
+        f'{tiers}<div class="seconds" aria-hidden="true">{seconds}</div></div></div></div>'
         '<p class="said" role="status">Choose a unit to hear what it covers (arrow keys move, Enter plays).</p>'
         f'<span hidden data-sound="{label}" data-flac="{_flac(recording.waveform)}"></span></section>'
     )
@@ -179,15 +234,27 @@ def download_html(report: Mapping[str, Any], name: str) -> str:
     )
 
 
-def _button(unit: int, start: int, frames: int, label: str, *, first: bool, place: bool = False) -> str:
-    width, text = frames * FRAME * _PIXELS, str(unit)
-    position = f"left:{start * FRAME * _PIXELS:.1f}px;width:{width:.1f}px;" if place else ""
-    shown = "" if place and len(text) * _DIGIT + 3 > width else text
+def _tier(recording: Recording, layer: int, label: str, *, named: bool) -> str:
+    blocks = "".join(
+        _button(*run, label, first=not run[1], layer=layer, seconds=recording.seconds)
+        for run in unit_stretches(recording.units[layer])
+    )
+    name = f'<div class="layer"><span>layer {layer}</span></div>' if named else ""
+    group = f'role="toolbar" data-group aria-label="Units of {label}, layer {layer}"'
+    return f'{name}<div class="tier" {group}>{blocks}</div>'
+
+
+def _button(
+    unit: int, start: int, frames: int, label: str, *, first: bool, layer: int | None = None, seconds: float = 0.0
+) -> str:
+    share = 100 * FRAME / seconds if seconds else 0.0  # per cent of the time line for a frame; 0 where there is none
+    position = f"left:{start * share:.4f}%;width:{frames * share:.4f}%;" if share else ""
     said = f"{label}: unit {unit}, {start * FRAME:.2f} to {(start + frames) * FRAME:.2f} s"
     return (
         f'<button type="button" style="{position}background-color:{unit_colour(unit)}" title="{said}" '
         f'aria-label="{said}" tabindex="{0 if first else -1}" data-unit="{unit}" data-of="{label}" '
-        f'data-start="{start * FRAME:.2f}" data-length="{frames * FRAME:.2f}">{shown}</button>'
+        f'data-start="{start * FRAME:.2f}" data-length="{frames * FRAME:.2f}"'
+        f"{'' if layer is None else f' data-layer={layer}'}><span>{unit}</span></button>"
     )
 
 
@@ -211,6 +278,7 @@ def _flac(waveform: np.ndarray) -> str:
 __all__ = [
     "SCRIPT",
     "STYLE",
+    "UPLOADS",
     "comparison_html",
     "download_html",
     "problem_html",

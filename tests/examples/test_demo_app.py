@@ -27,12 +27,15 @@ from spidr_hf.data.manifests import read_manifest
 from spidr_hf.examples import demo_app
 from spidr_hf.examples.demo_page.recordings import Recording
 from spidr_hf.examples.demo_page.unit_html import (
+    STYLE,
     comparison_html,
     download_html,
     problem_html,
     timeline_html,
 )
 from spidr_hf.hub.loading import load_model
+from spidr_hf.plots.palette import contrast
+from spidr_hf.units.extractor import unit_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -50,7 +53,7 @@ def recording(name="speech.wav", units=(5, 5, 9, 5)) -> Recording:
 def test_names_of_files_are_no_html():
     name = '"><img src=x onerror=alert(1)>.wav'
     for text in (
-        timeline_html(recording(name), 3, "A"),
+        timeline_html(recording(name), [3], "A"),
         problem_html(f"{name} is empty"),
         download_html({"file": name}, name),
     ):
@@ -59,13 +62,51 @@ def test_names_of_files_are_no_html():
 
 
 def test_a_button_for_each_stretch():
-    text = timeline_html(recording(), 3, "A")
+    text = timeline_html(recording(), [3], "A")
     assert re.findall(r'data-unit="(\d+)" data-of="A" data-start="([\d.]+)" data-length="([\d.]+)"', text) == [
         ("5", "0.00", "0.04"),
         ("9", "0.04", "0.02"),
         ("5", "0.06", "0.02"),
     ]
     assert re.findall(r'tabindex="(-?\d)"', text) == ["0", "-1", "-1"]  # one stop of the Tab key
+
+
+def test_silence_is_remarked_upon():
+    loud = Recording("a.wav", np.full(1_680, 0.5, np.float32), {3: np.array([5] * 5)})
+    assert "no sound in this recording" in timeline_html(recording(), [3], "A")
+    assert "no sound in this recording" not in timeline_html(loud, [3], "A")
+
+
+def test_labels_can_be_read():
+    """Every colour of text that the page sets, on what is behind it: 4.5 at least (WCAG 2, level AA)."""
+    rules = re.findall(r"\{([^{}]*)\}", STYLE)
+    pairs = [
+        (text[1], behind[1])
+        for rule in rules
+        if (text := re.search(r"(?<![-\w])color: (#\w+)", rule)) and (behind := re.search(r"background: (#\w+)", rule))
+    ]
+    assert len(pairs) == 3 and min(contrast(*pair) for pair in pairs) >= 4.5
+    assert "filter:" not in STYLE  # which would change what unit_colour promises
+    pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
+    theme = demo_app.theme()
+
+    def colour(name: str, mode: str) -> str:
+        value = getattr(theme, f"{name}{mode}", None) or getattr(theme, name)
+        return colour(value[1:], mode) if value.startswith("*") else value
+
+    for mode in ("", "_dark"):
+        for part in ("label", "title", "info"):
+            behind = colour("block_background_fill" if part == "info" else f"block_{part}_background_fill", mode)
+            assert contrast(colour(f"block_{part}_text_color", mode), behind) >= 4.5, (part, mode)
+
+
+def test_models_are_named_by_their_folders(tmp_path):
+    for name in ("runs/mine/final", "a/spidr", "b/spidr", "c/small"):
+        (tmp_path / name).mkdir(parents=True)
+    names = [str(tmp_path / name) for name in ("runs/mine/final", "a/spidr", "b/spidr", "c/small")]
+    labels = ["mine/final", names[1], names[2], "small", "facebook/spidr-base"]
+    names.append("facebook/spidr-base")
+    assert demo_app.model_choices(names) == list(zip(labels, names, strict=True))
 
 
 def test_comparison_shows_every_unit_once():
@@ -105,6 +146,7 @@ def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     for name, index in (("first.wav", 0), ("second.wav", 5)):
         soundfile.write(folder / name, speech(index), 16_000)
+    (folder / "text.txt").write_text("This is no sound.")
     (folder / "text.wav").write_text("This is no sound.\n" * 20)
     (folder / "empty.wav").write_bytes(b"")
     soundfile.write(folder / "short.wav", np.zeros(100), 16_000)
@@ -155,16 +197,17 @@ def test_recordings_are_deleted_when_it_stops(number, model, files, tmp_path):
 
 
 def test_a_refused_upload_is_removed_and_its_reason_stays(model, files, tmp_path):
-    gradio = pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
+    pytest.importorskip("gradio", reason="gradio is not installed (extra demo)")
     loaded = load_model(SpidrForAudioTokenization, str(model))
     update = next(each.fn for each in demo_app.page({"model": loaded}).fns.values() if each.name == "update")
     upload = Path(shutil.copy(files / "text.wav", tmp_path))
     kept = Path(shutil.copy(files / "first.wav", tmp_path))
-    first = update("model", 6, str(upload), str(kept), {})
-    assert "text.wav is no audio file" in first[1] and not upload.exists() and kept.exists()
-    again = update("model", 7, str(upload), str(kept), first[-1])
-    assert again[1] == first[1] and "(layer 7)" in again[2]
-    assert isinstance(again[0], gradio.Dropdown)
+    first = update("model", 6, False, str(upload), str(kept), {})
+    assert "text.wav is no audio file" in first[2] and not upload.exists() and kept.exists()
+    again = update("model", 7, True, str(upload), str(kept), first[-1])
+    assert again[2] == first[2] and "(layer 7)" in again[3]
+    layers = [int(layer) for layer in re.findall(r'class="layer"><span>layer (\d+)', again[3])]
+    assert layers[0] == 7 and sorted(layers) == unit_layers(loaded[0].config) and 'class="layer"' not in first[3]
 
 
 class Page:
@@ -271,6 +314,15 @@ def test_upload_change_of_layer_download_and_comparison(page, model, files, tmp_
     distance = re.search(r"Edit distance (\d+)", page.wait("#comparison strong").text)
     assert report["comparison"]["edit_distance"] == int(distance[1])
 
+    unit = page.wait("#view-A .tier button").size["width"]
+    page.wait("#view-A [data-zoom='2']").click()
+    assert page.wait("#view-A .tier button").size["width"] == pytest.approx(2 * unit, rel=0.1)
+    page.wait("#view-A [data-step='1']").click()
+    chosen = page.wait("#view-A button.chosen").get_attribute("aria-label")
+    page.wait("#view-A .said", chosen)
+    page.wait("#every input").click()
+    page.wait("#view-A .layer", "layer 6")
+
     page.driver.set_window_size(420, 900)
     width = page.driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
     assert width <= 0  # wide things scroll inside, the page does not
@@ -280,6 +332,7 @@ def test_upload_change_of_layer_download_and_comparison(page, model, files, tmp_
 @pytest.mark.slow
 def test_bad_uploads_get_a_message(page, files):
     for name, message in {
+        "text.txt": "text.txt is no audio file",
         "text.wav": "text.wav is no audio file",
         "empty.wav": "empty.wav is empty",
         "short.wav": "short.wav is too short: 6.25 ms",
