@@ -197,6 +197,131 @@ def _differentiate_norm_gelu(ctx, grad: Tensor):
 _norm_gelu.register_autograd(_differentiate_norm_gelu, setup_context=_keep_norm_gelu)
 
 
+# ---- first convolution, LayerNorm and GELU
+
+_MAX_TAPS = 16  # of the first convolution: one block of a product
+_ROWS_AT_A_TIME = 64  # of the forward kernel, which reads the taps once for them
+
+
+def fuses_first_convolution(x: Tensor, weight: Tensor) -> bool:
+    """Whether `conv_norm_gelu` can run: weights C x 1 x k, and no gradient of the samples is wanted."""
+    channels, inputs, kernel = weight.shape
+    return kernels_run(x) and inputs == 1 and kernel <= _MAX_TAPS and channels <= 1024 and not x.requires_grad
+
+
+def conv_norm_gelu(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, stride: int, eps: float) -> Tensor:
+    """GELU of the LayerNorm (`gain`, `shift`) of a strided convolution without bias: samples laid end to end (S, a
+    multiple of `stride`), weights C x 1 x k -> S/stride x C. Where `fuses_first_convolution`.
+
+    The convolution's output, the largest activation of the model, never exists: the backward pass computes it again.
+    Windows that reach beyond the end see zeros there. The result has the autocast dtype where autocast is on.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return _conv_norm_gelu(x, weight, gain, shift, stride, eps, dtype)
+
+
+def _conv_block(channels: int) -> dict[str, int]:
+    """Rows x channels of a block: 8192 elements, in the registers of eight warps; products take 16 rows or more."""
+    block_channels = max(16, _power_of_2(channels))
+    return {"block_rows": max(16, 8192 // block_channels), "block_channels": block_channels, "num_warps": 8}
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::conv_norm_gelu", mutates_args=())
+def _conv_norm_gelu(
+    x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, stride: int, eps: float, dtype: torch.dtype
+) -> Tensor:
+    from .triton_spidr import conv_norm_gelu_forward
+
+    x, weight = x.contiguous(), weight.contiguous()
+    channels, _, kernel = weight.shape
+    rows = x.numel() // stride
+    out = x.new_empty((rows, channels), dtype=dtype)
+    block = _conv_block(channels)
+    rows_per_program = _blocks(_ROWS_AT_A_TIME, block["block_rows"]) * block["block_rows"]
+    if rows:
+        with _device_of(x):
+            conv_norm_gelu_forward[(_blocks(rows, rows_per_program),)](
+                x,
+                weight,
+                gain,
+                shift,
+                out,
+                x.numel(),
+                rows,
+                rows_per_program,
+                channels=channels,
+                kernel=kernel,
+                stride=stride,
+                eps=eps,
+                precision=_precision(out),
+                widen=not x.is_cuda,
+                **block,
+            )
+    return out
+
+
+@_conv_norm_gelu.register_fake
+def _(x, weight, gain, shift, stride, eps, dtype):
+    return x.new_empty((x.numel() // stride, weight.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::conv_norm_gelu_backward", mutates_args=())
+def _conv_norm_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, stride: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .triton_spidr import conv_norm_gelu_backward
+
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    channels, _, kernel = weight.shape
+    rows, block = x.numel() // stride, _conv_block(channels)
+    rows_per_program = _blocks(_blocks(max(rows, 1), _PROGRAMS), block["block_rows"]) * block["block_rows"]
+    programs = _blocks(rows, rows_per_program)
+    of_taps = x.new_empty((programs, *weight.shape), dtype=torch.float32)
+    of_norm = x.new_empty((2, programs, channels), dtype=torch.float32)
+    if rows:
+        with _device_of(x):
+            conv_norm_gelu_backward[(programs,)](
+                grad,
+                x,
+                weight,
+                gain,
+                shift,
+                of_taps,
+                *of_norm,
+                x.numel(),
+                rows,
+                rows_per_program,
+                channels=channels,
+                kernel=kernel,
+                stride=stride,
+                eps=eps,
+                precision=_precision(grad),
+                widen=not x.is_cuda,
+                **block,
+            )
+    sums = of_norm.sum(1).to(gain.dtype)
+    return of_taps.sum(0).to(weight.dtype), sums[0].clone(), sums[1].clone()
+
+
+@_conv_norm_gelu_backward.register_fake
+def _(grad, x, weight, gain, shift, stride, eps):
+    contiguous = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return contiguous, torch.empty_like(gain), torch.empty_like(shift)
+
+
+def _keep_conv_norm_gelu(ctx, inputs, output) -> None:
+    *tensors, ctx.stride, ctx.eps, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_conv_norm_gelu(ctx, grad: Tensor):
+    grads = _conv_norm_gelu_backward(grad, *ctx.saved_tensors, ctx.stride, ctx.eps)
+    return None, *grads, None, None, None
+
+
+_conv_norm_gelu.register_autograd(_differentiate_conv_norm_gelu, setup_context=_keep_conv_norm_gelu)
+
+
 # ---- residual, dropout and LayerNorm
 
 
@@ -771,7 +896,9 @@ __all__ = [
     "bias_gelu",
     "cast_together",
     "codeword_statistics",
+    "conv_norm_gelu",
     "draw_seeds",
+    "fuses_first_convolution",
     "grouped_conv1d",
     "kernel_trouble",
     "kernels_run",

@@ -5,7 +5,7 @@ laid end to end, which is faster than convolving and needs no transpose around t
 `tests/reference.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -40,7 +40,9 @@ from .kernels_spidr import (
     MAX_CHANNELS,
     bias_gelu,
     cast_together,
+    conv_norm_gelu,
     draw_seeds,
+    fuses_first_convolution,
     grouped_conv1d,
     kernels_run,
     norm_gelu,
@@ -112,6 +114,71 @@ class _StridedConv1d(torch.autograd.Function):
         return (grad_windows.view_as(x) if need_x else None), grad_weight, grad_bias, None
 
 
+class _ConvolutionByTurns(torch.autograd.Function):
+    """`_StridedConv1d` for a GPU, where every pass over an activation costs: one product has all taps.
+
+    Windows of neighbouring outputs overlap, which no library multiplies in place. Those of every `n`-th output do not
+    (`n` times the stride being what the kernel covers): they lie end to end, and so `n` products take turns.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+        matrix = weight.transpose(1, 2).flatten(1).contiguous()
+        ctx.save_for_backward(x, matrix)
+        ctx.stride, ctx.shape, ctx.has_bias = stride, weight.shape, bias is not None
+        rows = x.view(-1, stride * x.shape[1])
+        out = x.new_empty(len(rows), len(matrix))
+        turns = -(-weight.shape[2] // stride)
+        for windows, place in _turns(rows, out, turns):
+            windows = windows[:, : matrix.shape[1]]
+            if bias is None:
+                torch.mm(windows, matrix.t(), out=place)
+            else:
+                torch.addmm(bias, windows, matrix.t(), out=place)
+        out[max(0, len(out) - turns + 1) :].zero_()  # their windows reach beyond the end
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, matrix = ctx.saved_tensors
+        out_channels, channels, kernel = ctx.shape
+        step = ctx.stride * channels
+        grad, rows, turns = grad.contiguous(), x.view(-1, step), -(-kernel // ctx.stride)
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        grad_x = grad_weight = None
+        if need_x:
+            grad_x = torch.zeros_like(rows) if kernel < ctx.stride else torch.empty_like(rows)
+            taps = matrix.split(step, dim=1)
+            last = taps[-1].shape[1]  # so many columns of a row are seen by all turns, the others by one less
+            for columns, seen in ((slice(0, last), taps), (slice(last, None), taps[:-1])):
+                blocks = torch.cat([tap[:, columns] for tap in reversed(seen)]) if seen else matrix[:0]
+                if blocks.numel() == 0:
+                    continue
+                out, turns_here = grad_x[:, columns], len(seen)
+                for windows, place in _turns(grad, out[turns_here - 1 :], turns_here):
+                    torch.mm(windows, blocks, out=place)
+                for row in range(min(turns_here - 1, len(grad))):  # the first have no gradient before them
+                    before = grad[: row + 1].view(1, -1)
+                    torch.mm(before, blocks[-before.shape[1] :], out=out[row : row + 1])
+            grad_x = grad_x.view_as(x)
+        if need_weight:
+            partial = matrix.new_zeros(turns, *matrix.shape)
+            for number, (windows, place) in enumerate(_turns(rows, grad, turns)):
+                torch.mm(place.t(), windows[:, : matrix.shape[1]], out=partial[number])
+            grad_weight = partial.sum(0).view(out_channels, kernel, channels).transpose(1, 2).contiguous()
+        return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None, None
+
+
+def _turns(rows: Tensor, outputs: Tensor, turns: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows of `turns` neighbouring `rows` (R x C) end to end, and their places among `outputs`: every `turns`-th,
+    from the first, the second ..."""
+    for turn in range(turns):
+        count = (len(rows) - turn) // turns
+        if count > 0:
+            yield rows[turn : turn + count * turns].view(count, -1), outputs[turn::turns][:count]
+
+
 def conv1d_channels_last(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, taps: list[Tensor] | None = None
 ) -> Tensor:
@@ -136,7 +203,8 @@ def conv1d_channels_last(
         taps = convolution_taps(weight, stride, x.dtype) if taps is None else taps
         out = strided_convolution(x.reshape(batch * length, channels), taps, bias, stride)
     else:
-        out = _StridedConv1d.apply(x.reshape(batch * length, channels), weight, bias, stride)
+        form = _ConvolutionByTurns if x.is_cuda else _StridedConv1d
+        out = form.apply(x.reshape(batch * length, channels), weight, bias, stride)
     return out.view(batch, length // stride, out_channels)
 
 
@@ -208,6 +276,10 @@ class SpidrConvLayer(nn.Module):
             taps: see `prepare_taps`.
         """
         conv, norm, read = self.conv, self.layer_norm, length is not None
+        if read and self.fuses and conv.bias is None and fuses_first_convolution(hidden_states, conv.weight):
+            stride, batch = conv.stride[0], len(hidden_states)
+            rows = conv_norm_gelu(hidden_states, conv.weight, norm.weight, norm.bias, stride, norm.eps)
+            return rows.view(batch, -1, rows.shape[1])
         if read:
             hidden_states = conv1d_channels_last(hidden_states, conv.weight, conv.bias, conv.stride[0], taps)
         elif plain_mode():

@@ -12,7 +12,7 @@ try:  # in a `try`, because transformers demands every other import of remote co
 except ImportError as error:
     raise ImportError("The kernels need Triton: `pip install triton`.") from error
 
-_LENGTHS = ("rows", "length", "frames", "rows_per_program")
+_LENGTHS = ("rows", "length", "frames", "samples", "rows_per_program")
 
 
 @triton.jit
@@ -119,6 +119,129 @@ def norm_gelu_backward(
     if affine:
         tl.store(grad_weight + program.to(tl.int64) * channels + column, weight_sum, mask=in_row)
         tl.store(grad_bias + program.to(tl.int64) * channels + column, bias_sum, mask=in_row)
+
+
+@triton.jit
+def _convolved(
+    x,
+    weight,
+    row,
+    inside_rows,
+    column,
+    in_row,
+    samples,
+    kernel: tl.constexpr,
+    stride: tl.constexpr,
+    dtype: tl.constexpr,
+    precision: tl.constexpr,
+    widen: tl.constexpr,
+):
+    """Windows of `row` in `dtype` (rows x 16, zeros from `kernel` on), and their product with the taps (float32)."""
+    tap = tl.arange(0, 16)
+    place = row[:, None] * stride + tap[None, :]
+    there = inside_rows[:, None] & (tap < kernel)[None, :] & (place < samples)
+    windows = tl.load(x + place, mask=there, other=0.0).to(dtype)
+    mask = (tap < kernel)[:, None] & in_row[None, :]
+    taps = tl.load(weight + column[None, :] * kernel + tap[:, None], mask=mask, other=0.0).to(dtype)
+    if widen:
+        windows, taps = windows.to(tl.float32), taps.to(tl.float32)
+    return windows, tl.dot(windows, taps, input_precision=precision)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def conv_norm_gelu_forward(
+    x,
+    weight,
+    gain,
+    shift,
+    out,
+    samples,
+    rows,
+    rows_per_program,
+    channels: tl.constexpr,
+    kernel: tl.constexpr,
+    stride: tl.constexpr,
+    eps: tl.constexpr,
+    precision: tl.constexpr,
+    widen: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_channels: tl.constexpr,
+):
+    """Convolution of one channel of samples, norm over the outputs' channels and exact GELU of some rows."""
+    first = tl.program_id(0).to(tl.int64) * rows_per_program
+    column = tl.arange(0, block_channels)
+    in_row = column < channels
+    scale = tl.load(gain + column, mask=in_row, other=0.0).to(tl.float32)
+    offset = tl.load(shift + column, mask=in_row, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = out.dtype.element_ty
+    for start in range(0, rows_per_program, block_rows):
+        index = start + tl.arange(0, block_rows)
+        row = first + index
+        inside_rows = (index < rows_per_program) & (row < rows)
+        inside = inside_rows[:, None] & in_row[None, :]
+        _, y = _convolved(x, weight, row, inside_rows, column, in_row, samples, kernel, stride, dtype, precision, widen)
+        normed, _ = _normalize(y, inside, channels, eps)
+        y = _gelu(normed * scale[None, :] + offset[None, :])
+        tl.store(out + row[:, None] * channels + column[None, :], y.to(dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def conv_norm_gelu_backward(
+    grad,
+    x,
+    weight,
+    gain,
+    shift,
+    grad_taps,
+    grad_gain,
+    grad_shift,
+    samples,
+    rows,
+    rows_per_program,
+    channels: tl.constexpr,
+    kernel: tl.constexpr,
+    stride: tl.constexpr,
+    eps: tl.constexpr,
+    precision: tl.constexpr,
+    widen: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_channels: tl.constexpr,
+):
+    """Gradients of the parameters over `rows_per_program` rows, whose outputs are computed again: a partial sum per
+    program, of the taps P x C x kernel, of the norm's P x C."""
+    program = tl.program_id(0).to(tl.int64)
+    first = program * rows_per_program
+    column = tl.arange(0, block_channels)
+    in_row = column < channels
+    scale = tl.load(gain + column, mask=in_row, other=0.0).to(tl.float32)
+    offset = tl.load(shift + column, mask=in_row, other=0.0).to(tl.float32)
+    gain_sum = tl.zeros((block_channels,), tl.float32)
+    shift_sum = tl.zeros((block_channels,), tl.float32)
+    taps_sum = tl.zeros((block_channels, 16), tl.float32)
+    dtype: tl.constexpr = grad.dtype.element_ty
+    for start in range(0, rows_per_program, block_rows):
+        index = start + tl.arange(0, block_rows)
+        row = first + index
+        inside_rows = (index < rows_per_program) & (row < rows)
+        inside = inside_rows[:, None] & in_row[None, :]
+        windows, y = _convolved(
+            x, weight, row, inside_rows, column, in_row, samples, kernel, stride, dtype, precision, widen
+        )
+        normed, inverse = _normalize(y, inside, channels, eps)
+        grad_y = tl.load(grad + row[:, None] * channels + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        grad_y *= _gelu_slope(normed * scale[None, :] + offset[None, :])
+        gain_sum += tl.sum(grad_y * normed, axis=0)
+        shift_sum += tl.sum(grad_y, axis=0)
+        grad_rows = _norm_gradient(grad_y * scale[None, :], normed, inverse, channels)
+        outputs = tl.where(inside, grad_rows, 0.0).to(dtype)
+        if widen:
+            outputs = outputs.to(tl.float32)
+        taps_sum = tl.dot(tl.trans(outputs), windows, taps_sum, input_precision=precision)
+    tap = tl.arange(0, 16)
+    places = (program * channels + column)[:, None] * kernel + tap[None, :]
+    tl.store(grad_taps + places, taps_sum, mask=in_row[:, None] & (tap < kernel)[None, :])
+    tl.store(grad_gain + program * channels + column, gain_sum, mask=in_row)
+    tl.store(grad_shift + program * channels + column, shift_sum, mask=in_row)
 
 
 @triton.jit
@@ -528,6 +651,8 @@ __all__ = [
     "bias_gelu_backward",
     "bias_gelu_forward",
     "codeword_sums",
+    "conv_norm_gelu_backward",
+    "conv_norm_gelu_forward",
     "grouped_conv",
     "grouped_conv_weight",
     "nearest_codeword",

@@ -6,13 +6,15 @@ import torch.nn.functional as F
 from interpreted import need_interpreter, run_kernels_anywhere
 from tiny import random_mask, tiny_config
 
-from spidr_hf import SpidrForPretraining, kernels_spidr
+from spidr_hf import SpidrForPretraining, kernels_spidr, layers_spidr
 from spidr_hf.codebooks_spidr import instance_norm_rows
 from spidr_hf.kernels_spidr import (
     bias_gelu,
     cast_together,
     codeword_statistics,
+    conv_norm_gelu,
     draw_seeds,
+    fuses_first_convolution,
     grouped_conv1d,
     kernel_trouble,
     kernels_run,
@@ -79,6 +81,53 @@ def test_norm_gelu_of_views_of_no_row_and_of_many_rows(kernels, monkeypatch):
     plain = with_gradients(lambda x, w, b: plain_norm_gelu(x, w, b, 1e-5), [many, *parameters], many)
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    ("samples", "channels", "kernel", "stride"), [(5, 24, 10, 5), (350, 48, 10, 5), (64, 512, 3, 2)]
+)
+def test_first_convolution_norm_and_gelu(kernels, monkeypatch, samples, channels, kernel, stride, dtype):
+    monkeypatch.setattr(kernels_spidr, "_PROGRAMS", 2)
+    x, weight = tensor(samples), tensor(channels, 1, kernel, seed=1)
+    # What the kernel multiplies, so that the plain form does not round where the kernel does not.
+    x, weight = x.to(dtype).float(), weight.to(dtype).float()
+    gain, shift, grad = tensor(channels, seed=2), tensor(channels, seed=3), tensor(samples // stride, channels, seed=4)
+
+    def ours(weight, gain, shift):
+        assert fuses_first_convolution(x, weight)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return conv_norm_gelu(x, weight, gain, shift, stride, 1e-5)
+
+    def plain(weight, gain, shift):
+        windows = F.pad(x, (0, max(0, kernel - stride))).unfold(0, kernel, stride)[: samples // stride]
+        return plain_norm_gelu(windows @ weight.squeeze(1).t(), gain, shift, 1e-5)
+
+    results = [with_gradients(form, [weight, gain, shift], grad) for form in (ours, plain, ours)]
+    for one, other, again in zip(*results, strict=True):
+        scale = max(1.0, other.abs().max().item() / 8)
+        torch.testing.assert_close(one / scale, other / scale, **TOLERANCE[dtype])
+        assert torch.equal(one, again)
+    assert not fuses_first_convolution(x.clone().requires_grad_(), weight)
+    assert not fuses_first_convolution(x, tensor(channels, 1, 17)) and not fuses_first_convolution(x, tensor(8, 2, 3))
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (2, 3), (8, 3), (7, 2), (10, 5)])
+@pytest.mark.parametrize("rows", [11, 4])
+def test_convolution_by_turns(rows, kernel, stride):
+    x, weight = tensor(rows * stride, 4).double(), tensor(5, 4, kernel, seed=1).double()
+    grad, meant = tensor(rows, 5, seed=3).double(), rows - (-(-kernel // stride) - 1)
+    grad[max(0, meant) :] = 0  # the caller cuts those off
+    for bias in (tensor(5, seed=2).double(), None):
+        results = []
+        for form in (layers_spidr._ConvolutionByTurns, layers_spidr._StridedConv1d):
+            inputs = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias)]
+            out = form.apply(*inputs, stride)
+            out.backward(grad)
+            results.append([out.detach()[: max(0, meant)], *(t.grad for t in inputs if t is not None)])
+            assert out.isfinite().all()
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @both_dtypes
@@ -235,6 +284,7 @@ def test_all_frames_may_have_one_codeword(kernels):
     [
         "_norm_gelu",
         "_residual_norm",
+        "_conv_norm_gelu",
         "bias_gelu",
         "cast_together",
         "_grouped_conv",
@@ -251,6 +301,15 @@ def test_the_compiler_is_told_the_truth(kernels, operation):
         "nearest_codewords": (tensor(2, 9, 16), tensor(2, 20, 16)),
         "codeword_statistics": (torch.zeros(2, 9, dtype=torch.int64, device=DEVICE), tensor(2, 9, 16), 20),
         "_residual_norm": (x, x.detach().bfloat16(), tensor(16), tensor(16), None, 1e-5, 0.0),
+        "_conv_norm_gelu": (
+            tensor(60),
+            tensor(16, 1, 4).requires_grad_(),
+            tensor(16),
+            tensor(16),
+            3,
+            1e-5,
+            torch.float32,
+        ),
         "bias_gelu": (x, tensor(16).requires_grad_()),
         "cast_together": ([x, tensor(3)], torch.bfloat16),
         "normalized_rows": ([tensor(2, 9, 16)] * 2, torch.tensor([3, 17], device=DEVICE), None, 1e-5),

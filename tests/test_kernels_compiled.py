@@ -79,6 +79,13 @@ for dtype in ("bf16", "fp32"):
     conv = {"x": dtype, "grad": dtype, "grad_taps": "fp32"}
     numbers = ["rows", "length", "rows_per_program"]
     check("grouped_conv_weight", conv, numbers, {**shape, "block_rows": 64}, num_warps=4 if half else 8)
+    shape = {"channels": 512, "kernel": 10, "stride": 5, "eps": 1e-5, "precision": "ieee", "widen": False}
+    shape |= {"block_rows": 16, "block_channels": 512}
+    inputs = {"x": "fp32", "weight": "fp32", "gain": "fp32", "shift": "fp32"}
+    numbers = ["samples", "rows", "rows_per_program"]
+    check("conv_norm_gelu_forward", {**inputs, "out": dtype}, numbers, shape, num_warps=8)
+    grads = {"grad_taps": "fp32", "grad_gain": "fp32", "grad_shift": "fp32"}
+    check("conv_norm_gelu_backward", {"grad": dtype, **inputs, **grads}, numbers, shape, num_warps=8)
     statistics = {"x": dtype, "lengths": "i64", "means": "fp32", "scales": "fp32"}
     blocks = {"width": 768, "eps": 1e-5, "has_lengths": True, "block_frames": 64, "block_width": 64}
     check("time_statistics", statistics, ["length"], blocks)
@@ -104,7 +111,7 @@ def test_every_kernel_compiles_without_spilling(tmp_path, target):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 22
+    assert len(results) == 26
     for name, result in results.items():
         assert result["stack"] == 0 and result["shared"] <= TARGETS[target], (name, result)
         # Labels come from true float32 products, which tensor cores do not have.

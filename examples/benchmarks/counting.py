@@ -236,7 +236,7 @@ def _moved(func, args, kwargs, out) -> int:
     if func.overloadpacket.__name__ in _ONLY_WRITE:
         return total
     for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        if argument.alias_info is not None and argument.alias_info.is_write and not argument.is_out:
             total += _size(_tensors(args[index] if index < len(args) else kwargs.get(argument.name)))
     return total
 
@@ -251,6 +251,9 @@ def _flops(func, args, kwargs, out) -> int:
         return 2 * args[0].numel() * args[1].shape[1] * args[1].shape[2]
     if name == "grouped_conv_backward":
         return 2 * args[1].numel() * args[2].shape[1] * args[2].shape[2] * (1 + args[4])
+    if name.startswith("conv_norm_gelu"):  # what is computed again is not counted
+        outputs, weight = (args[0], args[2]) if name.endswith("backward") else (out, args[1])
+        return 2 * outputs.shape[0] * weight.numel()
     if name == "nearest_codewords":
         return 2 * args[0].numel() * args[1].shape[1]
     return 0
