@@ -17,7 +17,8 @@ step, of the extractor and of the positional convolutions was the fastest, and h
 use it.
 
 --count computes nothing: it counts what the uncompiled step takes on a GPU (operations, bytes read and written, flops,
-memory, values that Python waits for), with a PyTorch for CPUs and a C++ compiler.
+memory, values that Python waits for), with a PyTorch for CPUs and a C++ compiler. With --compile it counts the step
+with compiled layers, too (minutes; needs Triton): the compiler writes its code for an H100.
 
 A step is all of it: a batch copied from the host, student and teacher, dropout as in the recipe, backward, clipping,
 AdamW, codebooks and teacher, the numbers that a run reports. Several run in a row, as in training, without waiting
@@ -88,6 +89,8 @@ COUNTED: dict[str, dict[str, bool]] = {
     "after the freeze": {"frozen": True},
     "plain": {"kernels": False},
 }
+# What a run on a GPU does; the compiler takes minutes.
+COMPILED = {"compiled": {"compiled": True}}
 OTHER_LENGTHS = (0.9, 0.77, 0.62, 0.5)  # shares of --seconds
 # What tells `examples/pretrain.py` to run in a form.
 SWITCHES = {"": "--run.compile false", "layers": "", "layers and convolutions": "--run.compile_convolutions true"}
@@ -379,7 +382,7 @@ def count(args: argparse.Namespace) -> list[dict]:
     if args.layers:
         changes |= {"num_hidden_layers": args.layers, "num_codebooks": min(args.layers, SpidrConfig().num_codebooks)}
     rows = []
-    for form, options in COUNTED.items():
+    for form, options in (COUNTED | (COMPILED if args.compile else {})).items():
         counted = count_step(SpidrConfig(**changes), args.batch, int(args.seconds * 16_000), **options)
         row = {"form": form, "operations": counted.operations, "gb": round(counted.moved / 1e9, 2)}
         row |= {"tflop": round(counted.flops / 1e12, 3), "peak_gib": round(counted.peak / 2**30, 2)}
@@ -421,7 +424,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds (10)")
     parser.add_argument("--steps", type=int, default=3, help="steps in a row in each round of the part step (3)")
     parser.add_argument("--top", type=int, default=25, help="kernels that the profile lists (25)")
-    parser.add_argument("--compile", action="store_true", help="compile on a CPU, too (on a GPU it always does)")
+    parser.add_argument("--compile", action="store_true", help="compile on a CPU, too, and for --count")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="found out by itself")
     parser.add_argument("--json", type=user_path, help="write the rows here, too")
     args = parser.parse_args()

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 from torch.utils.cpp_extension import include_paths, library_paths
 from torch.utils.flop_counter import flop_registry
@@ -139,16 +139,30 @@ def pretend_cuda() -> None:
 
 
 def count_step(
-    config: SpidrConfig, rows: int, samples: int, *, kernels: bool = True, frozen: bool = False, padded: bool = False
+    config: SpidrConfig,
+    rows: int,
+    samples: int,
+    *,
+    kernels: bool = True,
+    frozen: bool = False,
+    padded: bool = False,
+    compiled: bool = False,
 ) -> Count:
-    """Count one update of a run, its second, eager; after `pretend_cuda`.
+    """Count one update of a run, its second; after `pretend_cuda`.
 
     Args:
         rows, samples: utterances of the batch, and samples of each.
-        kernels, frozen, padded: own kernels run; feature extractor and projection do not train; rows differ in length.
+        kernels, frozen, padded, compiled: own kernels run; feature extractor and projection do not train; rows differ
+            in length; layers are compiled (needs Triton; takes minutes).
     """
     counter = _Counter()
-    with _fake_cuda(), fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), counter:
+    with ExitStack() as stack:
+        stack.enter_context(_fake_cuda())
+        if compiled:
+            from .counting_compiled import fake_compiler
+
+            stack.enter_context(fake_compiler(counter.launched))
+        stack.enter_context(counter)
         model = _fake_model(config).train()
         if frozen:
             model.freeze_feature_encoder()
@@ -160,39 +174,52 @@ def count_step(
             BatchKey(0, 0, np.arange(rows), Position()),
             rows * samples,
         )
-        step = steps.OurStep(model, [batch], steps.Form("", kernels))
+        step = steps.OurStep(model, [batch], steps.Form("layers" if compiled else "", kernels))
         step()
         counter.begin()
         step()
     return counter.count
 
 
-class _Counter(TorchDispatchMode):
-    """Looks at every operation; counts from `begin` on."""
+class _Counter(fake_tensor.FakeTensorMode):
+    """Gives every operation its fake results; looks at them, and counts from `begin` on.
+
+    It looks from inside and not from a mode of its own, under which nothing compiled would run.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.count, self._counting, self._alive = Count(), False, 0
+        super().__init__(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        self.count, self._counting, self._alive, self._inside = Count(), False, 0, False
         self._storages: set[int] = set()
 
     def begin(self) -> None:
         self._counting, self.count.peak = True, self._alive
 
+    def launched(self, moved: int, flops: int = 0, operations: int = 1) -> None:
+        if self._counting:
+            self.count.add(moved, flops, operations)
+            part = "backward" if torch._C._current_autograd_node() is not None else "forward, update"
+            self.count.parts.setdefault(part, Count()).add(moved, flops, operations)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self._inside:  # what an operation is made of
+            return super().__torch_dispatch__(func, types, args, kwargs)
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if name in _ASK:
             self.count.reads += self._counting
-        out = func(*args, **kwargs)
+        self._inside = True
+        try:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self._inside = False
         for tensor in _tensors(out):
             self._keep(tensor)
         if self._counting:
             self.count.peak = max(self.count.peak, self._alive)
             if not _is_view(func) and name not in _MOVE_NOTHING:
                 counted = _moved(func, args, kwargs, out), _flops(func, args, kwargs, out), _operations(name, args)
-                self.count.add(*counted)
-                part = "backward" if torch._C._current_autograd_node() is not None else "forward, update"
-                self.count.parts.setdefault(part, Count()).add(*counted)
+                self.launched(*counted)
         return out
 
     def _keep(self, tensor: Tensor) -> None:
@@ -235,7 +262,11 @@ def _moved(func, args, kwargs, out) -> int:
     total = _size(list(different.values()))
     if func.overloadpacket.__name__ in _ONLY_WRITE:
         return total
+    # Fused optimizers write gradients only where they scale them.
+    read_only = func.overloadpacket.__name__.startswith("_fused_") and kwargs.get("grad_scale") is None
     for index, argument in enumerate(func._schema.arguments):
+        if read_only and argument.name == "grads":
+            continue
         if argument.alias_info is not None and argument.alias_info.is_write and not argument.is_out:
             total += _size(_tensors(args[index] if index < len(args) else kwargs.get(argument.name)))
     return total

@@ -308,6 +308,8 @@ def _extractor(
     samples = batch_samples / utterance_samples * -(-utterance_samples // stride) * stride
     kept, workspace, steps = samples * e, 0.0, 1
     last = config.num_feat_extract_layers - 1
+    # The first convolution, its norm and GELU are one kernel, which keeps the samples.
+    one_kernel = kernels and config.feat_extract_norm == "layer" and not config.conv_bias
     for index, (channels, conv_stride) in enumerate(zip(config.conv_dim, config.conv_stride, strict=True)):
         steps *= conv_stride
         rows = samples / steps
@@ -315,13 +317,15 @@ def _extractor(
         output = norm if index == last and not kernels and config.feat_extract_norm == "layer" else e
         if config.feat_extract_norm == "layer":
             inner = e if kernels else 2 * norm
+            inner = 0 if one_kernel and index == 0 else inner
             layer = rows * (channels * (inner + output) + 8)
         else:
             # The group norm's statistics are taken in float32, of a copy where it is not the precision.
             inner = e if index else (4 + e if e == 4 else 4 + 2 * e)
             layer = rows * channels * (inner + output)
         if index == 0:  # gradients of its norm's output and input
-            workspace = rows * channels * (2 * e if kernels else 2 * norm + (e if norm != e else 0))
+            both = e if one_kernel else 2 * e
+            workspace = rows * channels * (both if kernels else 2 * norm + (e if norm != e else 0))
         kept += layer
     return kept, workspace
 

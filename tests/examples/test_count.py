@@ -12,7 +12,7 @@ from spidr_hf.examples.benchmarks.counting import compiler
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "benchmark_cuda.py"
 PINNED = "2.13.0"
-# 20 utterances of 11.875 s in bfloat16, uncompiled: operations that move data, GB, GiB at the fullest moment.
+# 20 utterances of 11.875 s in bfloat16: operations that move data, GB, GiB at the fullest moment.
 TWO_LAYERS = {
     "own kernels": (397, 34.21, 4.17),
     "padded": (478, 35.93, 4.18),
@@ -35,14 +35,14 @@ pytestmark = [
 
 def counted(path: Path, *options: object) -> dict[str, dict]:
     command = [sys.executable, SCRIPT, "--count", "--json", path, *options]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     return {row["form"]: row for row in json.loads(path.read_text())["rows"]}
 
 
 @pytest.mark.parametrize(
     ("options", "recorded"),
-    [(["--layers", 2], TWO_LAYERS), pytest.param([], BASE, marks=pytest.mark.slow)],
+    [(["--layers", 2], TWO_LAYERS), pytest.param(["--compile"], BASE, marks=pytest.mark.slow)],
     ids=["two layers", "base"],
 )
 def test_a_step_takes_no_more_than_recorded(tmp_path, options, recorded):
@@ -55,3 +55,6 @@ def test_a_step_takes_no_more_than_recorded(tmp_path, options, recorded):
         assert row["values_asked_for"] == 0, (form, row)
     own, plain = rows["own kernels"], rows["plain"]
     assert own["gb"] < 0.7 * plain["gb"] and own["tflop"] == plain["tflop"]
+    for form, row in rows.items():
+        if form == "compiled":  # what the compiler fuses more, it spends on copies for its graphs
+            assert row["tflop"] == own["tflop"] and row["gb"] < 1.03 * own["gb"]
