@@ -14,16 +14,17 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "benchmark_cuda.py"
 PINNED = "2.13.0"
 # 20 utterances of 11.875 s in bfloat16: operations that move data, GB, GiB at the fullest moment.
 TWO_LAYERS = {
-    "own kernels": (397, 34.21, 4.17),
-    "padded": (478, 35.93, 4.18),
-    "after the freeze": (338, 18.45, 1.77),
-    "plain": (568, 81.17, 8.78),
+    "own kernels": (419, 25.76, 3.45),
+    "padded": (500, 27.48, 3.46),
+    "after the freeze": (336, 15.28, 1.75),
+    "plain": (596, 76.65, 8.78),
 }
 BASE = {
-    "own kernels": (791, 71.67, 9.06),
-    "padded": (932, 78.45, 9.06),
-    "after the freeze": (732, 55.91, 6.11),
-    "plain": (1362, 130.69, 13.6),
+    "own kernels": (813, 62.65, 8.34),
+    "padded": (954, 69.43, 8.34),
+    "after the freeze": (730, 52.16, 6.11),
+    "plain": (1390, 125.6, 13.6),
+    "compiled": (843, 62.82, 8.34),
 }
 
 pytestmark = [
