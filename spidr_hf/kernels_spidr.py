@@ -204,9 +204,15 @@ _ROWS_AT_A_TIME = 64  # of the forward kernel, which reads the taps once for the
 
 
 def fuses_first_convolution(x: Tensor, weight: Tensor) -> bool:
-    """Whether `conv_norm_gelu` can run: weights C x 1 x k, and no gradient of the samples is wanted."""
+    """Whether `conv_norm_gelu` can run: weights C x 1 x k, products in 16 bits, no gradient of the samples wanted."""
     channels, inputs, kernel = weight.shape
-    return kernels_run(x) and inputs == 1 and kernel <= _MAX_TAPS and channels <= 1024 and not x.requires_grad
+    # Blocks of float32 fit the shared memory of the largest GPUs only.
+    fits = inputs == 1 and kernel <= _MAX_TAPS and channels <= 512 and _product_dtype(x).itemsize == 2
+    return fits and kernels_run(x) and not torch.version.hip and not x.requires_grad
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def conv_norm_gelu(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, stride: int, eps: float) -> Tensor:
@@ -216,14 +222,13 @@ def conv_norm_gelu(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, strid
     The convolution's output, the largest activation of the model, never exists: the backward pass computes it again.
     Windows that reach beyond the end see zeros there. The result has the autocast dtype where autocast is on.
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return _conv_norm_gelu(x, weight, gain, shift, stride, eps, dtype)
+    return _conv_norm_gelu(x, weight, gain, shift, stride, eps, _product_dtype(x))
 
 
 def _conv_block(channels: int) -> dict[str, int]:
-    """Rows x channels of a block: 8192 elements, in the registers of eight warps; products take 16 rows or more."""
+    """Rows x channels of a block: 8192 elements; products take 16 rows or more."""
     block_channels = max(16, _power_of_2(channels))
-    return {"block_rows": max(16, 8192 // block_channels), "block_channels": block_channels, "num_warps": 8}
+    return {"block_rows": max(16, 8192 // block_channels), "block_channels": block_channels}
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::conv_norm_gelu", mutates_args=())
@@ -256,6 +261,7 @@ def _conv_norm_gelu(
                 precision=_precision(out),
                 widen=not x.is_cuda,
                 **block,
+                num_warps=8,
             )
     return out
 
@@ -298,6 +304,7 @@ def _conv_norm_gelu_backward(
                 precision=_precision(grad),
                 widen=not x.is_cuda,
                 **block,
+                num_warps=16,  # with fewer, registers do not suffice
             )
     sums = of_norm.sum(1).to(gain.dtype)
     return of_taps.sum(0).to(weight.dtype), sums[0].clone(), sums[1].clone()

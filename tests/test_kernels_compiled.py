@@ -79,19 +79,21 @@ for dtype in ("bf16", "fp32"):
     conv = {"x": dtype, "grad": dtype, "grad_taps": "fp32"}
     numbers = ["rows", "length", "rows_per_program"]
     check("grouped_conv_weight", conv, numbers, {**shape, "block_rows": 64}, num_warps=4 if half else 8)
-    shape = {"channels": 512, "kernel": 10, "stride": 5, "eps": 1e-5, "precision": "ieee", "widen": False}
-    shape |= {"block_rows": 16, "block_channels": 512}
-    inputs = {"x": "fp32", "weight": "fp32", "gain": "fp32", "shift": "fp32"}
-    numbers = ["samples", "rows", "rows_per_program"]
-    check("conv_norm_gelu_forward", {**inputs, "out": dtype}, numbers, shape, num_warps=8)
-    grads = {"grad_taps": "fp32", "grad_gain": "fp32", "grad_shift": "fp32"}
-    check("conv_norm_gelu_backward", {"grad": dtype, **inputs, **grads}, numbers, shape, num_warps=8)
     statistics = {"x": dtype, "lengths": "i64", "means": "fp32", "scales": "fp32"}
     blocks = {"width": 768, "eps": 1e-5, "has_lengths": True, "block_frames": 64, "block_width": 64}
     check("time_statistics", statistics, ["length"], blocks)
     pointers = {"x": dtype, "rows": "i64", "means": "fp32", "scales": "fp32", "out": "fp32"}
     blocks = {"width": 768, "block_frames": 4, "block_width": 1024}
     check("normalized_frames", pointers, ["frames", "length"], blocks)
+dtype = "bf16"
+if backend == "cuda":
+    shape = {"channels": 512, "kernel": 10, "stride": 5, "eps": 1e-5, "precision": "ieee", "widen": False}
+    shape |= {"block_rows": 16, "block_channels": 512}
+    inputs = {"x": "fp32", "weight": "fp32", "gain": "fp32", "shift": "fp32"}
+    numbers = ["samples", "rows", "rows_per_program"]
+    check("conv_norm_gelu_forward", {**inputs, "out": "bf16"}, numbers, shape, num_warps=8)
+    grads = {"grad_taps": "fp32", "grad_gain": "fp32", "grad_shift": "fp32"}
+    check("conv_norm_gelu_backward", {"grad": "bf16", **inputs, **grads}, numbers, shape, num_warps=16)
 dtype = "fp32"
 full = {"targets": "fp32", "codewords": "fp32", "half_norms": "fp32", "labels": "i64"}
 blocks = {"size": 256, "width": 768, "block_frames": 64, "block_size": 128, "block_width": 32}
@@ -111,8 +113,9 @@ def test_every_kernel_compiles_without_spilling(tmp_path, target):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 26
+    assert len(results) == (24 if target.startswith("cuda") else 22)
     for name, result in results.items():
         assert result["stack"] == 0 and result["shared"] <= TARGETS[target], (name, result)
         # Labels come from true float32 products, which tensor cores do not have.
-        assert result["tensor_cores"] == (name in ("grouped_conv bf16", "grouped_conv_weight bf16")), (name, result)
+        products = ("grouped_conv bf16", "grouped_conv_weight bf16", "conv_norm_gelu_backward bf16")
+        assert result["tensor_cores"] == (name in products), (name, result)

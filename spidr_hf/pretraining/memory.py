@@ -309,7 +309,7 @@ def _extractor(
     kept, workspace, steps = samples * e, 0.0, 1
     last = config.num_feat_extract_layers - 1
     # The first convolution, its norm and GELU are one kernel, which keeps the samples.
-    one_kernel = kernels and config.feat_extract_norm == "layer" and not config.conv_bias
+    one_kernel = kernels and e == 2 and config.feat_extract_norm == "layer" and not config.conv_bias
     for index, (channels, conv_stride) in enumerate(zip(config.conv_dim, config.conv_stride, strict=True)):
         steps *= conv_stride
         rows = samples / steps
