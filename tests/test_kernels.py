@@ -113,6 +113,22 @@ def test_first_convolution_norm_and_gelu(kernels, monkeypatch, samples, channels
     assert not fuses_first_convolution(x, tensor(channels, 1, 17)) and not fuses_first_convolution(x, tensor(8, 2, 3))
 
 
+def test_the_first_layer_is_the_same_in_one_kernel(kernels):
+    torch.manual_seed(0)
+    layer, x = layers_spidr.SpidrConvLayer(tiny_config(conv_bias=False), 0).to(DEVICE), tensor(2, 500, 1)
+    results = []
+    for enabled in (True, False):
+        use_kernels(enabled)
+        layer.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            out = layer(x, length=98)
+        out.backward(tensor(*out.shape, seed=1).to(out.dtype))
+        results.append([out.detach().float(), *(parameter.grad.clone() for parameter in layer.parameters())])
+    use_kernels(True)
+    for one, other in zip(*results, strict=True):
+        assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.999
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (2, 3), (8, 3), (7, 2), (10, 5)])
 @pytest.mark.parametrize("rows", [11, 4])
 def test_convolution_by_turns(rows, kernel, stride):
@@ -321,7 +337,7 @@ def test_the_compiler_is_told_the_truth(kernels, operation):
 
 def run_model(**changes):
     torch.manual_seed(0)
-    model = SpidrForPretraining(tiny_config(**{"conv_bias": True, **changes})).to(DEVICE).train()
+    model = SpidrForPretraining(tiny_config(conv_bias=True, **changes)).to(DEVICE).train()
     output = model(tensor(2, 4000), mask_time_indices=random_mask(2, 12).to(DEVICE))
     output.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -343,7 +359,7 @@ def test_the_model_in_bfloat16_with_and_without(kernels):
     for enabled in (True, False):
         use_kernels(enabled)
         with torch.autocast(DEVICE, torch.bfloat16):
-            results.append(run_model(conv_pos_kernel_size=31, conv_bias=False))
+            results.append(run_model(conv_pos_kernel_size=31))
     use_kernels(True)
     (ours, gradients, _), (plain, theirs, _) = results
     torch.testing.assert_close(ours, plain, rtol=2e-2, atol=0)
