@@ -280,7 +280,7 @@ def _conv_norm_gelu_backward(
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     channels, _, kernel = weight.shape
     rows, block = x.numel() // stride, _conv_block(channels)
-    rows_per_program = _blocks(_blocks(max(rows, 1), _PROGRAMS), block["block_rows"]) * block["block_rows"]
+    rows_per_program = _blocks(_blocks(max(rows, 1), PROGRAMS), block["block_rows"]) * block["block_rows"]
     programs = _blocks(rows, rows_per_program)
     of_taps = x.new_empty((programs, *weight.shape), dtype=torch.float32)
     of_norm = x.new_empty((2, programs, channels), dtype=torch.float32)

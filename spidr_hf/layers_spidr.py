@@ -56,7 +56,7 @@ CHUNK_SAMPLES_CPU = 64_000
 CHUNK_SAMPLES = 4_000_000
 
 
-class _StridedConv1d(torch.autograd.Function):
+class StridedConv1d(torch.autograd.Function):
     """Strided convolution of R x C rows laid end to end, as ceil(kernel / stride) matrix products without copies.
 
     `stride` neighbouring rows seen as one of `stride * C` are the input of the first `stride` taps; the same view one
@@ -114,8 +114,8 @@ class _StridedConv1d(torch.autograd.Function):
         return (grad_windows.view_as(x) if need_x else None), grad_weight, grad_bias, None
 
 
-class _ConvolutionByTurns(torch.autograd.Function):
-    """`_StridedConv1d` for a GPU, where every pass over an activation costs: one product has all taps.
+class ConvolutionByTurns(torch.autograd.Function):
+    """`StridedConv1d` for a GPU, where every pass over an activation costs: one product has all taps.
 
     Windows of neighbouring outputs overlap, which no library multiplies in place. Those of every `n`-th output do not
     (`n` times the stride being what the kernel covers): they lie end to end, and so `n` products take turns.
@@ -203,7 +203,7 @@ def conv1d_channels_last(
         taps = convolution_taps(weight, stride, x.dtype) if taps is None else taps
         out = strided_convolution(x.reshape(batch * length, channels), taps, bias, stride)
     else:
-        form = _ConvolutionByTurns if x.is_cuda else _StridedConv1d
+        form = ConvolutionByTurns if x.is_cuda else StridedConv1d
         out = form.apply(x.reshape(batch * length, channels), weight, bias, stride)
     return out.view(batch, length // stride, out_channels)
 

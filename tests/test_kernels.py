@@ -88,7 +88,7 @@ def test_norm_gelu_of_views_of_no_row_and_of_many_rows(kernels, monkeypatch):
     ("samples", "channels", "kernel", "stride"), [(5, 24, 10, 5), (350, 48, 10, 5), (64, 512, 3, 2)]
 )
 def test_first_convolution_norm_and_gelu(kernels, monkeypatch, samples, channels, kernel, stride, dtype):
-    monkeypatch.setattr(kernels_spidr, "_PROGRAMS", 2)
+    monkeypatch.setattr(kernels_spidr, "PROGRAMS", 2)
     x, weight = tensor(samples), tensor(channels, 1, kernel, seed=1)
     # What the kernel multiplies, so that the plain form does not round where the kernel does not.
     x, weight = x.to(dtype).float(), weight.to(dtype).float()
@@ -137,7 +137,7 @@ def test_convolution_by_turns(rows, kernel, stride):
     grad[max(0, meant) :] = 0  # the caller cuts those off
     for bias in (tensor(5, seed=2).double(), None):
         results = []
-        for form in (layers_spidr._ConvolutionByTurns, layers_spidr._StridedConv1d):
+        for form in (layers_spidr.ConvolutionByTurns, layers_spidr.StridedConv1d):
             inputs = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias)]
             out = form.apply(*inputs, stride)
             out.backward(grad)
