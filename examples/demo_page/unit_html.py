@@ -25,6 +25,7 @@ from .recordings import FRAME, Recording, unit_stretches
 _PIXELS = 320  # of the page per second: a frame of 20 ms is 6.4 wide
 _IMAGE_PIXELS = 160  # of the picture per second; its content changes every 2.5 ms, but windows are 25 ms long
 _HEIGHT = 190
+_DIGIT = 7.2  # pixels
 
 STYLE = """
 .units { margin: 0 0 .4rem; color: var(--body-text-color, #26303a); }
@@ -44,9 +45,7 @@ STYLE = """
 .units .tier { position: relative; height: 46px; margin-top: 2px; }
 .units button { font: 12px/1 ui-monospace, monospace; color: #17202a; border: 0; padding: 0; cursor: pointer;
   overflow: hidden; border-radius: 2px; min-width: 0; }
-.units .tier button { position: absolute; top: 0; height: 44px; container-type: inline-size; }
-.units .tier button { border-right: 1px solid #fff; }
-@container (max-width: 24px) { .units .tier button span { display: none; } }
+.units .tier button { position: absolute; top: 0; height: 44px; border-right: 1px solid #fff; }
 .units button.same { outline: 2px solid #1d6fd1; outline-offset: -2px; }
 .units button:focus-visible { outline: 3px solid #d81b60; outline-offset: 1px; z-index: 3; }
 .units button.playing { box-shadow: inset 0 -8px #d81b60; }
@@ -106,6 +105,10 @@ function control(button) {
   if (button.dataset.zoom) {
     const zoom = Number(strip.style.getPropertyValue("--zoom") || 1) * Number(button.dataset.zoom);
     strip.style.setProperty("--zoom", Math.max(1, Math.min(8, zoom)));
+    const numbers = buttons(strip).map((b) => b.firstChild);
+    numbers.forEach((number) => (number.hidden = false));
+    const wide = numbers.map((number) => number.offsetWidth > number.parentElement.clientWidth);
+    numbers.forEach((number, i) => (number.hidden = wide[i]));
     chosen?.scrollIntoView({ block: "nearest", inline: "center" });
     return;
   }
@@ -249,12 +252,13 @@ def _button(
 ) -> str:
     share = 100 * FRAME / seconds if seconds else 0.0  # per cent of the time line for a frame; 0 where there is none
     position = f"left:{start * share:.4f}%;width:{frames * share:.4f}%;" if share else ""
+    fits = not share or len(str(unit)) * _DIGIT + 3 <= frames * FRAME * _PIXELS
     said = f"{label}: unit {unit}, {start * FRAME:.2f} to {(start + frames) * FRAME:.2f} s"
     return (
         f'<button type="button" style="{position}background-color:{unit_colour(unit)}" title="{said}" '
         f'aria-label="{said}" tabindex="{0 if first else -1}" data-unit="{unit}" data-of="{label}" '
         f'data-start="{start * FRAME:.2f}" data-length="{frames * FRAME:.2f}"'
-        f"{'' if layer is None else f' data-layer={layer}'}><span>{unit}</span></button>"
+        f"{'' if layer is None else f' data-layer={layer}'}><span{'' if fits else ' hidden'}>{unit}</span></button>"
     )
 
 

@@ -68,6 +68,7 @@ def test_a_button_for_each_stretch():
         ("9", "0.04", "0.02"),
         ("5", "0.06", "0.02"),
     ]
+    assert re.findall(r"<span( hidden)?>(\d+)</span>", text) == [("", "5"), (" hidden", "9"), (" hidden", "5")]
     assert re.findall(r'tabindex="(-?\d)"', text) == ["0", "-1", "-1"]  # one stop of the Tab key
 
 
@@ -315,8 +316,11 @@ def test_upload_change_of_layer_download_and_comparison(page, model, files, tmp_
     assert report["comparison"]["edit_distance"] == int(distance[1])
 
     unit = page.wait("#view-A .tier button").size["width"]
+    numbers = "return [...document.querySelectorAll('#view-A .tier span')].filter((s) => s.offsetWidth).length"
+    narrow = page.driver.execute_script(numbers)
     page.wait("#view-A [data-zoom='2']").click()
     assert page.wait("#view-A .tier button").size["width"] == pytest.approx(2 * unit, rel=0.1)
+    assert page.driver.execute_script(numbers) > narrow  # the numbers that there is room for now
     page.wait("#view-A [data-step='1']").click()
     chosen = page.wait("#view-A button.chosen").get_attribute("aria-label")
     page.wait("#view-A .said", chosen)
