@@ -179,7 +179,7 @@ def unit_rows(path: Path) -> Iterator[bytes]:
     try:
         for batch in pq.ParquetFile(path).iter_batches(_ROWS):
             yield from (json.dumps(row).encode() + b"\n" for row in batch.to_pylist())
-    except (pa.ArrowException, ValueError, TypeError, OSError) as error:  # of damaged metadata it is an OSError without a number
+    except (pa.ArrowException, ValueError, TypeError, OSError) as error:  # damaged metadata: no number
         if isinstance(error, OSError) and error.errno:
             raise
         raise ValueError(f"{path} cannot be read as units ({one_line(error)}).") from error
