@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +46,19 @@ def test_the_obvious_form(seed, speaker, context, monkeypatch):
     monkeypatch.setattr("spidr_hf.evaluation.abx.PAIRS_AT_ONCE", 5)
     monkeypatch.setattr("spidr_hf.evaluation.abx.VALUES_AT_ONCE", 100)
     assert abx(tokens, features, **options) == pytest.approx(expected, abs=1e-6)
+
+
+def test_recorded_by_fastabx():
+    """What fastabx 0.9.0 printed for these units, with every token (its sums are float32)."""
+    folder = Path(__file__).parents[1] / "fixtures" / "fastabx"
+    tokens = read_items(folder / "triphones.item", 50)
+    rows = map(json.loads, (folder / "units.jsonl").read_text().splitlines())
+    units = {row["file"]: torch.tensor(row["units"])[:, None] for row in rows}
+    options = {"distance": "identical", "max_size_group": None, "max_x_across": None}
+    for name, recorded in json.loads((folder / "scores.json").read_text()).items():
+        speaker, context = name.split(" speaker, ")
+        error = abx(tokens, units, speaker=speaker, context=context.removesuffix(" context"), **options)
+        assert error == pytest.approx(recorded, abs=1e-6), name
 
 
 @pytest.mark.parametrize("seed", range(3))
