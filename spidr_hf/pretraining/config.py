@@ -64,7 +64,7 @@ class RunSection:
     init_ckpt: str | None = option(
         None,
         "start from these weights, codebooks and teacher: a SpidR .pt file or a model folder; steps, schedules and "
-        "freeze begin at 0",
+        "freeze begin at 0. Sizes and layout of the model that [model] does not give are theirs",
     )
     active_forgetting: bool = option(
         False,
@@ -130,6 +130,7 @@ class PretrainingConfig:
         model: `[model]` as our own config, objective included.
         validation: further data sets by name, each with `[data]`'s fields (see `INHERITED`).
         notes: what a user should know about the file, one sentence each.
+        written: the fields of `[model]` that the file has; of the others a run's start may take those of `init_ckpt`.
     """
 
     run: RunSection = field(default_factory=RunSection)
@@ -139,6 +140,7 @@ class PretrainingConfig:
     masking: MaskingSection = field(default_factory=MaskingSection)
     validation: dict[str, DataSection] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    written: frozenset[str] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """Every field of every section, as a TOML or JSON file holds them; fields without a value are left out."""
@@ -268,7 +270,9 @@ def make_config(sections: Mapping[str, Mapping[str, Any]]) -> PretrainingConfig:
             spans.check()
     except ValueError as error:
         raise ConfigError(f"[masking]: {error}") from error
-    config = PretrainingConfig(model=model, validation=validation, notes=notes, **built)
+    config = PretrainingConfig(
+        model=model, validation=validation, notes=notes, written=frozenset(model_section), **built
+    )
     _check_together(config)
     if ignored := _without_meaning(sections, config):
         notes.append(f"These fields have no meaning here: {', '.join(ignored)}.")

@@ -50,14 +50,17 @@ def dry_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) ->
     plan = Plan()
     accelerator, notes = make_accelerator(config, output_dir)
     world_size, is_main = accelerator.num_processes, accelerator.is_main_process
-    plan.notes += [note for note in (*notes, *config.notes, small_batch_note(config, world_size)) if note]
+    plan.notes += [note for note in (*notes, *config.notes) if note]
     plan.notes += choose_kernels(config, accelerator)
     model = source = batches = checkpoint = None
     with plan.trying():
         fresh = begins_anew(output_dir, fresh)
         checkpoint = None if fresh else Checkpoints(output_dir / "checkpoints").newest()
+        start.complete_model(config, checkpoint)
         plan.notes += [CHANGED + change for change in start.config_changes(output_dir, config, checkpoint)]
         model, origin = start.make_model(config, checkpoint)
+        if note := small_batch_note(config, world_size):
+            plan.notes.append(note)
         plan.add(memory.model_plan(config.model, origin))
     with plan.trying():
         source = open_source(config.data, cache=None, progress=is_main)

@@ -25,7 +25,7 @@ from ..data.open import open_source
 from ..data.sources import AudioSource, StreamedSource
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.loading import run_hint
-from ..hub.spidr_names import architecture_differences, to_model_section
+from ..hub.spidr_names import architecture_differences, to_model_section, to_spidr_config
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError
 from ..system.files import write_text
@@ -129,7 +129,7 @@ def open_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
     check_tracker(config.run.tracker)
     accelerator, warnings = make_accelerator(config, output_dir)
     world_size, is_main = accelerator.num_processes, accelerator.is_main_process
-    notes = [*warnings, *config.notes, small_batch_note(config, world_size)]
+    notes = [*warnings, *config.notes]
     if config.run.use_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -141,6 +141,7 @@ def open_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
         if is_main:
             held = RunLock(output_dir)
         checkpoint = None if fresh else checkpoints.newest()
+        complete_model(config, checkpoint)
         complete = complete_note(output_dir, config, checkpoint)
         if complete is None:
             notes += [CHANGED + change for change in config_changes(output_dir, config, checkpoint)]
@@ -148,6 +149,7 @@ def open_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
                 check_push(config.run.push_to_hub, make=True)
             source = open_source(config.data, cache=output_dir / "data.arrow", progress=is_main)
             model, origin = make_model(config, checkpoint)
+            notes.append(small_batch_note(config, world_size))
     if complete is not None:
         if held is not None:
             print(complete, file=sys.stderr)
@@ -164,14 +166,14 @@ def open_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
 
 
 def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tuple[SpidrForPretraining, str]:
-    """The model to begin or resume with, and where it comes from."""
-    model = initial_model(config.model, config.run.random_seed)
+    """The model to begin or resume with, and where it comes from. `config.model` is what it is from then on."""
     if checkpoint is not None:
+        model = initial_model(config.model, config.run.random_seed)
         checkpoint.load_model(model)
         return model, f"Continuing from {checkpoint.folder}."
     start = config.run.init_ckpt
     if start is None:
-        return model, "Beginning with random weights."
+        return initial_model(config.model, config.run.random_seed), "Beginning with random weights."
     if Path(start).is_dir() and not (Path(start) / "config.json").exists() and (hint := run_hint(start)):
         raise ConfigError(f"`run.init_ckpt` {start} is no model folder.{hint}")
     try:
@@ -179,11 +181,13 @@ def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tupl
             stored, tensors = load_folder(start)
         else:
             stored, tensors = read_original(start, config)
+        take_model(config, stored)
         if differing := architecture_differences(stored, config.model):
             values = ", ".join(
                 f"{name} is {theirs!r} there and {ours!r} here" for name, (theirs, ours) in differing.items()
             )
             raise ConfigError(f"`run.init_ckpt` {start} is another model than [model] says: {values}.")
+        model = initial_model(config.model, config.run.random_seed)
         check_tensors(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()}, what=start)
     except ConversionError as error:
         raise ConfigError(str(error)) from error
@@ -191,6 +195,20 @@ def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tupl
     # Weights, codebooks and teacher are taken over; steps, and with them every schedule and the freeze, begin anew.
     model.current_step.zero_()
     return model, f"Beginning with the weights, codebooks and teacher of {start}."
+
+
+def complete_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> None:
+    """What a run took from `init_ckpt` when it began (`take_model`), it takes from its checkpoint when it resumes."""
+    if checkpoint is not None and config.run.init_ckpt is not None:
+        take_model(config, SpidrConfig.from_pretrained(checkpoint.folder))
+
+
+def take_model(config: PretrainingConfig, stored: SpidrConfig) -> None:
+    """Of what makes a model another one (sizes, not rates), what `[model]` does not say is that of `stored`."""
+    differing = architecture_differences(stored, config.model)
+    taken = {name: theirs for name, (theirs, _) in differing.items() if name not in config.written}
+    if taken:
+        config.model = to_spidr_config({**to_model_section(config.model), **taken}, config.model.objective)
 
 
 def read_original(start: str, config: PretrainingConfig) -> tuple[SpidrConfig, dict[str, Tensor]]:
@@ -300,6 +318,7 @@ def initial_model(config: SpidrConfig, seed: int) -> SpidrForPretraining:
 
 __all__ = [
     "Run",
+    "complete_model",
     "complete_note",
     "config_changes",
     "final_step",
@@ -309,4 +328,5 @@ __all__ = [
     "plan",
     "read_original",
     "resume_notes",
+    "take_model",
 ]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining, SpidrModel
 from spidr_hf.data.batches import PretrainingBatches
 from spidr_hf.data.manifests import scan_folder
-from spidr_hf.hub.spidr_names import to_model_section
+from spidr_hf.hub.spidr_names import TRAINING_FIELDS, to_model_section
 from spidr_hf.pretraining.config import load_config
 from spidr_hf.system.errors import BatchingError, ConfigError, ManifestError, RunFolderError
 from spidr_hf.system.processes import RunLock
@@ -372,6 +372,27 @@ def test_starting_from_existing_weights(pretrain, tmp_path):
         if part != "codebooks":  # which move fast
             torch.testing.assert_close(before[name], after[name], atol=0.05, rtol=0.5)
     assert rows(folder)[0]["lr"] == pytest.approx(2e-5) and rows(folder)[0]["ema_decay"] < 0.9991
+
+
+def test_what_init_ckpt_is_need_not_be_written(pretrain, config, tmp_path):
+    """As adapt-to-language.toml has it; rates are the config's, and a resumed run no longer needs what it took."""
+    fixture = Path(__file__).parents[1] / "fixtures" / "parity" / "spidr-tiny"
+    shutil.copytree(fixture, tmp_path / "start")
+    section = json.loads((fixture / "config.json").read_text())["model"]
+    text = config.read_text()
+    first, last = text.index("[model]"), text.index("[optimizer]")
+    config.write_text(f"{text[:first]}[model]\nencoder_layer_drop = 0.0\nema_timescale = 7\n\n{text[last:]}")
+    start = tmp_path / "start" / "checkpoint.pt"
+    for steps in ("1", "2"):
+        folder = pretrain("run", "--run.init_ckpt", str(start), "--optimizer.max_steps", steps)
+        start.unlink(missing_ok=True)
+    got = to_model_section(SpidrForPretraining.from_pretrained(folder / "final").config)
+    assert got["ema_timescale"] == 7 and got["codebook_size"] == section["codebook_size"] == 24
+    assert {name: got[name] for name in got if name not in TRAINING_FIELDS} == {
+        name: section[name] for name in got if name not in TRAINING_FIELDS
+    }
+    with pytest.raises(ConfigError, match=r"codebook_size is 24 there and 7 here"):
+        pretrain("other", "--model.codebook_size", "7", "--run.init_ckpt", str(fixture / "checkpoint.pt"))
 
 
 def test_starting_from_a_spidr_checkpoint(pretrain, tmp_path):
