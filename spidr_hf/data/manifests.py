@@ -506,8 +506,8 @@ def _checked(table: pa.Table, name: str) -> pa.Table:
         twice = counts.filter(pc.greater(counts.field("counts"), 1))
         raise ManifestError(
             f"{name}: fileid {twice[0]['values'].as_py()!r} stands for {twice[0]['counts'].as_py()} utterances "
-            f"({len(twice)} such fileids). Each needs its own; for a folder with several formats of the same audio, "
-            "name one suffix."
+            f"({len(twice)} such fileids). Each needs its own; of a folder that holds the same audio in several "
+            "formats, name a folder or a manifest with one of them."
         )
     _check_recordings(table, name, bool(present))
     return table
