@@ -3,9 +3,11 @@
 import ctypes
 import os
 import sys
+from contextlib import suppress
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _PRIMITIVES = 8192
+_BYTES_OF_A_PRIMITIVE = 700_000  # with its code and scratch, for AMX and AVX-512; the heap that it scatters included
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # of glibc on 64-bit machines
 
 
@@ -35,11 +37,22 @@ def keep_freed_memory() -> bool:
 def keep_primitives() -> None:
     """Lets oneDNN keep more of the operations that it has compiled, if it has not compiled any yet.
 
-    Each is for one shape of its inputs. Batches of many lengths make more of them than the 1 024
-    that oneDNN keeps by itself, and it then compiles in every step, which scatters the heap besides. A number that the
-    environment already has stays.
+    Each is for one shape of its inputs. Batches of many lengths make more of them than the 1 024 that oneDNN keeps by
+    itself, and it then compiles in every step, which scatters the heap besides. All of them together get an eighth of
+    this process's share of the machine's memory. A number that the environment already has stays.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_PRIMITIVES))
+    room = memory_of_machine() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // 8
+    number = min(max(room // _BYTES_OF_A_PRIMITIVE, 1024), _PRIMITIVES)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(number))
 
 
-__all__ = ["keep_freed_memory", "keep_primitives", "prepare_training_process"]
+def memory_of_machine() -> int:
+    """Bytes of memory, of the container where it has a limit of its own."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError), open(limit, encoding="ascii") as file:  # "max" is no number
+            sizes.append(int(file.read()))
+    return min(sizes)
+
+
+__all__ = ["keep_freed_memory", "keep_primitives", "memory_of_machine", "prepare_training_process"]

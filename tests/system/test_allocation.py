@@ -1,25 +1,43 @@
 """What the commands that train set for their process, and that they leave alone what is set."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from spidr_hf.system.allocation import memory_of_machine
+
 CODE = """
 import os
-from spidr_hf.system.allocation import prepare_training_process
-prepare_training_process()
+from spidr_hf.system import allocation
+if {memory}: allocation.memory_of_machine = lambda: {memory} << 30
+allocation.prepare_training_process()
 print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
 """
 
 
-@pytest.mark.parametrize("given", [None, "7"])
-def test_primitives_are_kept(monkeypatch, given):
+@pytest.mark.parametrize(
+    ("given", "memory", "processes", "number"),
+    [
+        (None, 128, 1, 8192),
+        (None, 16, 1, (16 << 30) // 8 // 700_000),  # an eighth of the memory for all of them
+        (None, 16, 2, (16 << 30) // 16 // 700_000),
+        (None, 1, 1, 1024),  # what oneDNN has by itself
+        ("7", 0, 1, 7),
+    ],
+)
+def test_primitives_are_kept_as_far_as_there_is_memory(monkeypatch, given, memory, processes, number):
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     if given:
         monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given)
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
-    assert done.stdout.split() == [given or "8192"], done.stderr
+    done = subprocess.run([sys.executable, "-c", CODE.format(memory=memory)], capture_output=True, text=True)
+    assert done.stdout.split() == [str(number)], done.stderr
+
+
+def test_memory_of_the_machine():
+    assert 1 << 28 < memory_of_machine() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
