@@ -337,7 +337,7 @@ def _fake_cuda() -> Iterator[None]:
             # Fake tensors are no reason to call every module by itself.
             (layers_spidr, "plain_mode", lambda: True),
             (plain_spidr, "_in_place", lambda module: True),
-            (kernels_spidr, "_available", True),
+            (kernels_spidr, "HAS_TRITON", True),
             (kernels_spidr, "kernel_trouble", lambda: None),
         ):
             stack.enter_context(patch.object(target, name, value))

@@ -92,8 +92,8 @@ class OurStep:
         self.optimizer = make_optimizer(model, OptimizerSection())
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.move, self.number = BatchMover(model.device), 0
-        state, scale = TrainerState(data="noise"), LossScale(False)
-        self.updates = Updates(model, self.optimizer, state, scale, _Silent(), max_nonfinite=10)
+        self.state = TrainerState(data="noise")
+        self.updates = Updates(model, self.optimizer, self.state, LossScale(False), _Silent(), max_nonfinite=10)
 
     def __call__(self) -> None:
         self.number += 1

@@ -68,7 +68,7 @@ def test_our_step_trains():
     step = OurStep(model, noise_batches(model, 2, 6000), Form("", False))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     in_a_row(step, 3)()
-    assert step.updates.state.skipped_steps == 0 and model.current_step.item() == 3
+    assert step.state.skipped_steps == 0 and model.current_step.item() == 3
     assert not torch.equal(before["heads.weight"], model.heads.weight)
     assert not torch.equal(before["codebooks.sums"], model.codebooks.sums)
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
