@@ -222,9 +222,11 @@ def _settled(view: Tensor) -> Tensor:
     """`view`; a copy where it is compiled for a CPU.
 
     Views that the backward pass needs are put in order by their strides, and the compiler cannot tell whether a length
-    of floor divisions is above 0 ("cannot determine truth value of Relational").
+    of floor divisions is above 0 ("cannot determine truth value of Relational"). Not `contiguous`, which asks whether
+    `view` is the whole: samples that fill the last frame would take a graph of their own.
     """
-    return view.contiguous() if torch.compiler.is_compiling() and view.device.type == "cpu" else view
+    copies = torch.compiler.is_compiling() and view.device.type == "cpu"
+    return view.clone(memory_format=torch.contiguous_format) if copies else view
 
 
 class SpidrConvLayer(nn.Module):
