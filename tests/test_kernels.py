@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from interpreted import need_interpreter, run_kernels_anywhere
 from tiny import random_mask, tiny_config
 
-from spidr_hf import SpidrForPretraining, kernels_spidr, layers_spidr
+from spidr_hf import SpidrForPretraining, codebooks_spidr, kernels_spidr, layers_spidr
 from spidr_hf.codebooks_spidr import instance_norm_rows
 from spidr_hf.kernels_spidr import (
     bias_gelu,
@@ -335,10 +335,10 @@ def test_the_compiler_is_told_the_truth(kernels, operation):
     torch.library.opcheck(function, samples[operation], test_utils=("test_schema", "test_faketensor"))
 
 
-def run_model(**changes):
-    torch.manual_seed(0)
-    model = SpidrForPretraining(tiny_config(conv_bias=True, **changes)).to(DEVICE).train()
-    output = model(tensor(2, 4000), mask_time_indices=random_mask(2, 12).to(DEVICE))
+def run_model(seed: int = 0, conv_bias: bool = True, **changes):
+    torch.manual_seed(seed)
+    model = SpidrForPretraining(tiny_config(conv_bias=conv_bias, **changes)).to(DEVICE).train()
+    output = model(tensor(2, 4000, seed=seed), mask_time_indices=random_mask(2, 12).to(DEVICE))
     output.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     statistics = {name: getattr(model.statistics, name).clone() for name in ("counts", "sums", "loss_sums")}
@@ -353,20 +353,41 @@ def test_the_model_is_the_same_with_and_without(monkeypatch, request, kernel):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_the_model_in_bfloat16_with_and_without(kernels):
-    """As it trains on a GPU: what layers hand each other has a copy for products. Rounding aside, it is the same."""
-    results = []
-    for enabled in (True, False):
-        use_kernels(enabled)
-        with torch.autocast(DEVICE, torch.bfloat16):
-            results.append(run_model(conv_pos_kernel_size=31))
+def test_the_model_in_bfloat16_errs_no_more_in_kernels(kernels, monkeypatch):
+    """As it trains on a GPU, first layer in one kernel: gradients are as far from float32's as the plain forms' are.
+
+    All have float32's labels: rounding of either kind moves one target in twenty to a neighbouring codeword, and a few
+    such targets turn a small layer's gradient by 20 degrees.
+    """
+    labels, errors = [], {}
+    nearest = codebooks_spidr.nearest_codewords
+    monkeypatch.setattr(codebooks_spidr, "nearest_codewords", lambda *x: labels[-1].clone())
+    for seed in range(3):
+
+        def first(*x):
+            labels.append(nearest(*x))
+            return labels[-1].clone()
+
+        results = []
+        for enabled, narrow in ((False, False), (False, True), (True, True)):
+            use_kernels(enabled)
+            with monkeypatch.context() as patch, torch.autocast(DEVICE, torch.bfloat16, enabled=narrow):
+                if not narrow:
+                    patch.setattr(codebooks_spidr, "nearest_codewords", first)
+                results.append(run_model(seed, conv_bias=False, conv_pos_kernel_size=31))
+        (loss, exact, _), (_, plain, _), (ours, gradients, _) = results
+        torch.testing.assert_close(ours, loss, rtol=5e-3, atol=0)
+        assert gradients.keys() == plain.keys() == exact.keys()
+        for name, gradient in exact.items():
+            assert gradients[name].dtype == plain[name].dtype
+            of_both = [((g[name] - gradient).norm() / gradient.norm()).square() for g in (gradients, plain)]
+            errors[name] = errors.get(name, 0) + torch.stack(of_both)
     use_kernels(True)
-    (ours, gradients, _), (plain, theirs, _) = results
-    torch.testing.assert_close(ours, plain, rtol=2e-2, atol=0)
-    assert gradients.keys() == theirs.keys()
-    for name, gradient in gradients.items():
-        assert gradient.dtype == theirs[name].dtype
-        assert F.cosine_similarity(gradient.flatten(), theirs[name].flatten(), dim=0) > 0.9, name
+    for name, error in errors.items():
+        ours, plain = error.sqrt().tolist()
+        assert ours < 1.5 * plain, name
+    ours, plain = torch.stack(list(errors.values())).sum(0).sqrt().tolist()
+    assert ours < 1.2 * plain
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch):
