@@ -78,8 +78,8 @@ def draw_units(
     blocks = []
     for start, end in zip(starts, np.append(starts[1:], len(values)), strict=True):
         unit = int(values[start])
-        colour = colours.get(unit, (COLOURS["other"], "other")) if colours else (unit_colour(unit), "unit")
-        blocks.append(_Block(start * FRAME, end * FRAME, *colour, str(unit)))
+        colour, kind = colours.get(unit, (COLOURS["other"], "other")) if colours else (unit_colour(unit), "unit")
+        blocks.append(_Block(start * FRAME, end * FRAME, colour, kind, str(unit)))
     _draw_tier(axes, blocks, name, 7.5, characters_per_second)
 
 

@@ -129,7 +129,7 @@ def open_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
     check_tracker(config.run.tracker)
     accelerator, warnings = make_accelerator(config, output_dir)
     world_size, is_main = accelerator.num_processes, accelerator.is_main_process
-    notes = [*warnings, *config.notes]
+    notes: list[str | None] = [*warnings, *config.notes]
     if config.run.use_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
