@@ -219,9 +219,8 @@ def _extract_part(
         total=total, desc="Extracting", unit=" s of audio", bar_format=layout, disable=not progress, smoothing=0.05
     )
     with naming(journal_path), journal_path.open("w", encoding="utf-8") as journal, bar:
-        for batch in extract(source, extractor, batches, threads=threads):
-            new = [(index, result) for index, result in batch.results if index in missing]
-            for index, result in new:
+        for batch in extract(source, extractor, batches, wanted=missing, threads=threads):
+            for index, result in batch.results:
                 store.add(store.names[index], result, journal)
             rows: list[dict[str, Any]] = [{"file": fileid, "skipped": reason} for fileid, reason in batch.skipped]
             rows += [{"file": fileid, "skipped": reason, "not_finite": True} for fileid, reason in batch.not_finite]
@@ -230,7 +229,7 @@ def _extract_part(
                 for fileid, said, there in batch.lengths
                 if extractor.frames(said) != extractor.frames(there) or abs(said - there) > extractor.stride
             ]
-            rows.append({"utterances": len(new), "seconds": batch.seconds})
+            rows.append({"utterances": len(batch.results), "seconds": batch.seconds})
             journal.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             journal.flush()
             bar.update(batch.planned_seconds)

@@ -12,7 +12,7 @@ it is. A group-norm extractor takes its statistics per window.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -366,6 +366,7 @@ def extract(
     extractor: Extractor,
     batches: Sequence[Sequence[int]] | None = None,
     *,
+    wanted: Container[int] | None = None,
     threads: int = 2,
 ) -> Iterator[Extracted]:
     """
@@ -379,6 +380,8 @@ def extract(
         source: See `manifests.open_manifest`.
         extractor: What to compute.
         batches: Utterances computed together; by default all, as `plan_batches` has them.
+        wanted: Of which utterances there is something to tell; None: of all. The others are computed beside them, since
+            the last bits of a row depend on its batch. A batch of which nothing wanted can be read is not computed.
         threads: How many files are decoded at a time.
     """
     batches = plan_batches(source, extractor) if batches is None else batches
@@ -390,10 +393,13 @@ def extract(
             return Skipped(source.fileid(index), str(error))
 
     for batch, loaded in zip(batches, read_ahead(batches, load, threads), strict=True):
-        skipped = [entry for entry in loaded if isinstance(entry, Skipped)]
         good = [(i, entry) for i, entry in zip(batch, loaded, strict=True) if not isinstance(entry, Skipped)]
+        told = {i for i in batch if wanted is None or i in wanted}
+        skipped = [e for i, e in zip(batch, loaded, strict=True) if isinstance(e, Skipped) and i in told]
+        good = good if any(i in told for i, _ in good) else []
         results = extractor.results([waveform for _, waveform in good]) if good else []
-        found = [(index, result) for (index, _), result in zip(good, results, strict=True)]
+        found = [(index, result) for (index, _), result in zip(good, results, strict=True) if index in told]
+        good = [(index, waveform) for index, waveform in good if index in told]
         reasons = {index: reason for index, result in found if (reason := extractor.not_finite(result))}
         there = [(source.fileid(i), int(source.num_samples[i]), len(waveform)) for i, waveform in good]
         yield Extracted(

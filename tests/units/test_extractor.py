@@ -193,6 +193,21 @@ def test_a_folder_with_a_bad_file_among_good_ones(tmp_path):
     assert torch.equal(results["1"], alone)
 
 
+def test_of_what_is_not_wanted_nothing_is_told_and_nothing_computed_alone(tmp_path, monkeypatch):
+    for i, seconds in enumerate((0.5, 0.9, 0.01, 0.01)):
+        soundfile.write(tmp_path / f"{i}.wav", noise(seconds, i), 16_000)
+    source = scan_folder(tmp_path, progress=False)
+    model = tiny_model()
+    extractor = Extractor(model, EXTRACTOR, feature_outputs(model, [4]), max_batch_seconds=10)
+    (whole,) = extract(source, extractor)
+    (part,) = extract(source, extractor, wanted={1, 3})
+    assert [index for index, _ in part.results] == [1] and [entry.fileid for entry in part.skipped] == ["3"]
+    assert torch.equal(part.results[0][1][4], dict(whole.results)[1][4]) and part.seconds == 0.9
+    monkeypatch.setattr(extractor, "results", None)  # computing would fail
+    (nothing,) = extract(source, extractor, wanted={2})
+    assert not nothing.results and [entry.fileid for entry in nothing.skipped] == ["2"]
+
+
 HOUR = """if True:
     import resource, sys, torch
     from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForAudioTokenization
