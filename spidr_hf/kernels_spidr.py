@@ -104,6 +104,12 @@ def plain_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     return F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
 
 
+def _shares(rows: int, block_rows: int, programs: int | None = None) -> tuple[int, int]:
+    """Rows that each program sums up, in whole blocks, and how many programs that takes: at most `programs`."""
+    rows_per_program = _blocks(_blocks(max(rows, 1), programs or PROGRAMS), block_rows) * block_rows
+    return rows_per_program, _blocks(rows, rows_per_program)
+
+
 def _row_blocks(channels: int) -> tuple[int, int]:
     """(rows, channels) of a block: about 4096 elements, which fit into the registers of four warps."""
     block_channels = _power_of_2(channels)
@@ -150,8 +156,7 @@ def _norm_gelu_backward(
     channels, affine = x.shape[-1], weight is not None
     rows, (block_rows, block_channels) = x.numel() // channels, _row_blocks(channels)
     grad_x = torch.empty_like(x)
-    rows_per_program = _blocks(_blocks(max(rows, 1), PROGRAMS), block_rows) * block_rows
-    programs = _blocks(rows, rows_per_program)
+    rows_per_program, programs = _shares(rows, block_rows)
     partial = x.new_empty((2, programs if affine else 0, channels), dtype=torch.float32)
     if rows:
         with _device_of(x):
@@ -280,8 +285,7 @@ def _conv_norm_gelu_backward(
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     channels, _, kernel = weight.shape
     rows, block = x.numel() // stride, _conv_block(channels)
-    rows_per_program = _blocks(_blocks(max(rows, 1), PROGRAMS), block["block_rows"]) * block["block_rows"]
-    programs = _blocks(rows, rows_per_program)
+    rows_per_program, programs = _shares(rows, block["block_rows"])
     of_taps = x.new_empty((programs, *weight.shape), dtype=torch.float32)
     of_norm = x.new_empty((2, programs, channels), dtype=torch.float32)
     if rows:
@@ -418,8 +422,7 @@ def _residual_norm_backward(
     channels = residual.shape[-1]
     rows, (block_rows, block_channels) = residual.numel() // channels, _row_blocks(channels)
     grad_residual, grad_branch = torch.empty_like(residual), torch.empty_like(branch)
-    rows_per_program = _blocks(_blocks(max(rows, 1), PROGRAMS), block_rows) * block_rows
-    programs = _blocks(rows, rows_per_program)
+    rows_per_program, programs = _shares(rows, block_rows)
     partial = residual.new_empty((2, programs, channels), dtype=torch.float32)
     if rows:
         with _device_of(residual):
@@ -508,8 +511,7 @@ def _bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, 
     channels = x.shape[-1]
     rows, block_rows, block_channels = x.numel() // channels, 16, min(256, _power_of_2(channels))
     columns = _blocks(channels, block_channels)
-    rows_per_program = _blocks(_blocks(max(rows, 1), _blocks(4 * PROGRAMS, columns)), block_rows) * block_rows
-    programs = _blocks(rows, rows_per_program)
+    rows_per_program, programs = _shares(rows, block_rows, _blocks(4 * PROGRAMS, columns))
     partial = x.new_empty((programs, channels), dtype=torch.float32)
     if rows:
         with _device_of(x):
@@ -659,8 +661,7 @@ def _grouped_conv_backward(
         taps = _grouped_taps(weight, groups).flip(-1).permute(0, 3, 1, 2).contiguous()
         grad_x = _launch_conv(grad, taps, None, kernel - 1 - before)
     splits = max(1, min(_blocks(rows, 8 * block_rows), _blocks(4 * PROGRAMS, groups * kernel)))
-    rows_per_program = _blocks(_blocks(max(rows, 1), splits), block_rows) * block_rows
-    splits = _blocks(rows, rows_per_program)
+    rows_per_program, splits = _shares(rows, block_rows, splits)
     partial = x.new_empty((splits, groups, kernel, width, width), dtype=torch.float32)
     if rows:
         with _device_of(x):

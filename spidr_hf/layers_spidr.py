@@ -114,11 +114,11 @@ class StridedConv1d(torch.autograd.Function):
         return (grad_windows.view_as(x) if need_x else None), grad_weight, grad_bias, None
 
 
-class ConvolutionByTurns(torch.autograd.Function):
+class PolyphaseConv1d(torch.autograd.Function):
     """`StridedConv1d` for a GPU, where every pass over an activation costs: one product has all taps.
 
     Windows of neighbouring outputs overlap, which no library multiplies in place. Those of every `n`-th output do not
-    (`n` times the stride being what the kernel covers): they lie end to end, and so `n` products take turns.
+    (`n` times the stride being what the kernel covers): they lie end to end: a product for each of `n` phases.
     """
 
     @staticmethod
@@ -128,14 +128,14 @@ class ConvolutionByTurns(torch.autograd.Function):
         ctx.stride, ctx.shape, ctx.has_bias = stride, weight.shape, bias is not None
         rows = x.view(-1, stride * x.shape[1])
         out = x.new_empty(len(rows), len(matrix))
-        turns = -(-weight.shape[2] // stride)
-        for windows, place in _turns(rows, out, turns):
+        phases = -(-weight.shape[2] // stride)
+        for windows, place in _phases(rows, out, phases):
             windows = windows[:, : matrix.shape[1]]
             if bias is None:
                 torch.mm(windows, matrix.t(), out=place)
             else:
                 torch.addmm(bias, windows, matrix.t(), out=place)
-        out[max(0, len(out) - turns + 1) :].zero_()  # their windows reach beyond the end
+        out[max(0, len(out) - phases + 1) :].zero_()  # their windows reach beyond the end
         return out
 
     @staticmethod
@@ -144,39 +144,39 @@ class ConvolutionByTurns(torch.autograd.Function):
         x, matrix = ctx.saved_tensors
         out_channels, channels, kernel = ctx.shape
         step = ctx.stride * channels
-        grad, rows, turns = grad.contiguous(), x.view(-1, step), -(-kernel // ctx.stride)
+        grad, rows, phases = grad.contiguous(), x.view(-1, step), -(-kernel // ctx.stride)
         need_x, need_weight = ctx.needs_input_grad[:2]
         grad_x = grad_weight = None
         if need_x:
             grad_x = torch.zeros_like(rows) if kernel < ctx.stride else torch.empty_like(rows)
             taps = matrix.split(step, dim=1)
-            last = taps[-1].shape[1]  # so many columns of a row are seen by all turns, the others by one less
+            last = taps[-1].shape[1]  # so many columns of a row are seen by all phases, the others by one less
             for columns, seen in ((slice(0, last), taps), (slice(last, None), taps[:-1])):
                 blocks = torch.cat([tap[:, columns] for tap in reversed(seen)]) if seen else matrix[:0]
                 if blocks.numel() == 0:
                     continue
-                out, turns_here = grad_x[:, columns], len(seen)
-                for windows, place in _turns(grad, out[turns_here - 1 :], turns_here):
+                out, phases_here = grad_x[:, columns], len(seen)
+                for windows, place in _phases(grad, out[phases_here - 1 :], phases_here):
                     torch.mm(windows, blocks, out=place)
-                for row in range(min(turns_here - 1, len(grad))):  # the first have no gradient before them
+                for row in range(min(phases_here - 1, len(grad))):  # the first have no gradient before them
                     before = grad[: row + 1].view(1, -1)
                     torch.mm(before, blocks[-before.shape[1] :], out=out[row : row + 1])
             grad_x = grad_x.view_as(x)
         if need_weight:
-            partial = matrix.new_zeros(turns, *matrix.shape)
-            for number, (windows, place) in enumerate(_turns(rows, grad, turns)):
+            partial = matrix.new_zeros(phases, *matrix.shape)
+            for number, (windows, place) in enumerate(_phases(rows, grad, phases)):
                 torch.mm(place.t(), windows[:, : matrix.shape[1]], out=partial[number])
             grad_weight = partial.sum(0).view(out_channels, kernel, channels).transpose(1, 2).contiguous()
         return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None, None
 
 
-def _turns(rows: Tensor, outputs: Tensor, turns: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows of `turns` neighbouring `rows` (R x C) end to end, and their places among `outputs`: every `turns`-th,
+def _phases(rows: Tensor, outputs: Tensor, phases: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows of `phases` neighbouring `rows` (R x C) end to end, and their places among `outputs`: every `phases`-th,
     from the first, the second ..."""
-    for turn in range(turns):
-        count = (len(rows) - turn) // turns
+    for phase in range(phases):
+        count = (len(rows) - phase) // phases
         if count > 0:
-            yield rows[turn : turn + count * turns].view(count, -1), outputs[turn::turns][:count]
+            yield rows[phase : phase + count * phases].view(count, -1), outputs[phase::phases][:count]
 
 
 def conv1d_channels_last(
@@ -203,7 +203,7 @@ def conv1d_channels_last(
         taps = convolution_taps(weight, stride, x.dtype) if taps is None else taps
         out = strided_convolution(x.reshape(batch * length, channels), taps, bias, stride)
     else:
-        form = ConvolutionByTurns if x.is_cuda else StridedConv1d
+        form = PolyphaseConv1d if x.is_cuda else StridedConv1d
         out = form.apply(x.reshape(batch * length, channels), weight, bias, stride)
     return out.view(batch, length // stride, out_channels)
 

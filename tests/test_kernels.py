@@ -131,13 +131,13 @@ def test_the_first_layer_is_the_same_in_one_kernel(kernels):
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (2, 3), (8, 3), (7, 2), (10, 5)])
 @pytest.mark.parametrize("rows", [11, 4])
-def test_convolution_by_turns(rows, kernel, stride):
+def test_polyphase_convolution(rows, kernel, stride):
     x, weight = tensor(rows * stride, 4).double(), tensor(5, 4, kernel, seed=1).double()
     grad, meant = tensor(rows, 5, seed=3).double(), rows - (-(-kernel // stride) - 1)
     grad[max(0, meant) :] = 0  # the caller cuts those off
     for bias in (tensor(5, seed=2).double(), None):
         results = []
-        for form in (layers_spidr.ConvolutionByTurns, layers_spidr.StridedConv1d):
+        for form in (layers_spidr.PolyphaseConv1d, layers_spidr.StridedConv1d):
             inputs = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias)]
             out = form.apply(*inputs, stride)
             out.backward(grad)
