@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from .plain_spidr import are_ordinary, call, is_plain, is_untouched, plain_mode
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
-# Which library multiplies float32 matrices faster, by vendor and instruction set; oneDNN where nothing is measured.
-# The time of a forward pass of spidr-base with oneDNN's over that with MKL's, one thread, PyTorch 2.13:
+# Which library multiplies float32 matrices faster, by vendor and instruction set; PyTorch's own choice (MKL) where
+# nothing is measured. The time of a forward pass of spidr-base with oneDNN's over that with MKL's, one thread, PyTorch
+# 2.13:
 _FLOAT32 = {
     ("GenuineIntel", "AVX512"): "MKL",  # Sapphire Rapids: 2 x 6 s of audio 1.10, 4 x 10 s 1.09, 60 s 1.00
     ("AuthenticAMD", "AVX512"): "oneDNN",  # EPYC: 2 x 6 s 0.92
+    ("AuthenticAMD", "AVX2"): "MKL",  # EPYC, Zen 3: 2 x 6 s 1.27, 4 x 10 s 1.15, 60 s 1.10, training on 2 x 2 s 1.14
 }
 _LEVELS = 1 << 16
 PIECE_ROWS = 512
@@ -63,7 +65,7 @@ def has_onednn(dtype: torch.dtype = torch.float32) -> bool:
     and on this processor it is not the slower one."""
     return (
         _X86
-        and (dtype != torch.float32 or _FLOAT32.get(processor(), "oneDNN") == "oneDNN")
+        and (dtype != torch.float32 or _FLOAT32.get(processor(), "MKL") == "oneDNN")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
