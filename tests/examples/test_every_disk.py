@@ -52,11 +52,19 @@ COMMANDS: dict[str, Callable[[Path, Path], list[object]]] = {
     "evaluate_units": lambda given, out: [
         *(given / "units", given / "alignments.jsonl", "--json", out / "scores.json", "--plot", out / "plot.png"),
     ],
+    "evaluate_abx": lambda given, out: [
+        *(given / "triphones.item", given / "features", "--json", out / "abx.json", "--plot", out / "abx.png"),
+        *("--context", "any"),
+    ],
     "plot_units": lambda given, out: [given / "audio", given / "units", out / "picture.png"],
     "train_unit_lm": lambda given, out: [
         *(given / "units" / "4" / "units.jsonl", out / "lm", "--valid", given / "units" / "4" / "units.jsonl"),
         *("--steps", 4, "--save-steps", 2, "--num-layers", 1, "--hidden-size", 16, "--num-heads", 2),
         *("--max-length", 32, "--batch-size", 4),
+    ],
+    "score_pairs": lambda given, out: [
+        *(given / "lm" / "final", given / "pairs.csv", "--units", given / "units" / "4" / "units.jsonl"),
+        *("--json", out / "accuracy.json", "--scores", out / "scores.csv"),
     ],
     "finetune_classification": lambda given, out: [
         *(given / "model", given / "audio", out / "run", "--task", "utterance", "--column", "speaker"),
@@ -69,7 +77,12 @@ COMMANDS: dict[str, Callable[[Path, Path], list[object]]] = {
         *("--batch-seconds", 2),
     ],
     "pretrain": lambda given, out: ["--config", given / "tiny.toml", "--output-dir", out / "run"],
+    "validate": lambda given, out: [
+        *("--run-dir", out / "run", "--data", given / "audio", "--alignments", given / "alignments.jsonl"),
+    ],
 }
+# What is there before a command starts, in the place that it writes to.
+BEFORE = {"validate": "run"}
 
 
 @dataclass
@@ -110,6 +123,11 @@ def in_a_process(work: Callable[[], int]) -> Ended:
         return Ended(status, log.read())
 
 
+def succeeds(work: Callable[[], int]) -> None:
+    ended = in_a_process(work)
+    assert ended.status == 0, ended.err
+
+
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> Path:
     """What the commands read."""
@@ -123,25 +141,41 @@ def given(tmp_path_factory) -> Path:
         phones = [["SIL", 0, 0.1], ["A", 0.1, 0.2], ["B", 0.2, soundfile.info(path).duration]]
         rows.append({"id": path.stem, "speaker": f"s{index % 2}", "phones": phones})
     (folder / "alignments.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = [f"{row['id']} {times} SIL SIL {row['speaker']}\n" for row in rows for times in ("0.1 0.2 A", "0.2 0.28 B")]
+    (folder / "triphones.item").write_text("#file onset offset #phone prev-phone next-phone speaker\n" + "".join(items))
+    (folder / "pairs.csv").write_text("positive,negative\n00,01\n02,03\n")
     for name, layer in (("extract_units", 4), ("extract_features", 2)):
         arguments = [folder / "model", audio, folder / name.partition("_")[2], "--layers", layer]
-        ended = in_a_process(partial(run, name, arguments))
-        assert ended.status == 0, ended.err
+        succeeds(partial(run, name, arguments))
+    succeeds(partial(run, "train_unit_lm", COMMANDS["train_unit_lm"](folder, folder)))
+    succeeds(partial(run, "pretrain", [*COMMANDS["pretrain"](folder, folder), "--run.save_interval", 6]))
     return folder
 
 
 @dataclass
 class Command:
-    """A command that writes to `place`, what it leaves there, and which of these files hold the time or the like."""
+    """A command that writes to `place`, what it leaves there, and which of these files hold the time or the like.
+
+    `before` is the folder whose copy is there when it starts.
+    """
 
     name: str
     arguments: list[object]
     place: Path
+    before: Path | None
     left: dict[str, bytes]
     changing: set[str]
 
     def run(self) -> int:
         return run(self.name, self.arguments)
+
+    def prepare(self) -> None:
+        """What there is before it starts, and nothing else."""
+        for path in self.place.iterdir() if self.place.exists() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.place.mkdir(exist_ok=True)
+        if self.before:
+            shutil.copytree(self.before, self.place / self.before.name)
 
     def check(self, ended: Ended) -> None:
         """It has ended well, or says that it had already; what it always leaves is there."""
@@ -154,21 +188,17 @@ class Command:
 @pytest.fixture(scope="module", params=COMMANDS)
 def command(request, given, tmp_path_factory) -> Command:
     place = tmp_path_factory.mktemp("place") / "disk"
-    name, arguments = request.param, COMMANDS[request.param](given, place)
+    name, before = request.param, BEFORE.get(request.param)
+    command = Command(name, COMMANDS[name](given, place), place, given / before if before else None, {}, set())
     results = []
     for _ in range(2):
-        empty(place)
-        ended = in_a_process(partial(run, name, arguments))
-        assert ended.status == 0, ended.err
+        command.prepare()
+        succeeds(command.run)
         results.append(files(place))
-    assert results[0] and results[0].keys() == results[1].keys()
-    changing = {path for path in results[0] if results[0][path] != results[1][path]}
-    return Command(name, arguments, place, results[0], changing)
-
-
-def empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    command.left = results[0]
+    assert command.left and command.left.keys() == results[1].keys()
+    command.changing = {path for path in results[0] if results[0][path] != results[1][path]}
+    return command
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -179,17 +209,22 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("share", [0.0, 0.6])
 def test_a_full_disk(command, share):
     """A disk that is full from the start, and one that becomes so in the middle."""
-    most = sum(-(-len(content) // 4096) * 4 for content in command.left.values())  # in kilobytes
+    command.prepare()
+    before = files(command.place)
+    written = [content for path, content in command.left.items() if content != before.get(path)]
+    most = sum(-(-len(content) // 4096) * 4 for content in written)  # in kilobytes
     if share and most < 40:
         pytest.skip("it writes too little for a disk to fill up in the middle")
-    empty(command.place)
 
     def on_a_small_disk() -> int:
         if ctypes.CDLL(None, use_errno=True).unshare(0x00020000):  # CLONE_NEWNS
             raise OSError(ctypes.get_errno(), "unshare")
         mount = partial(subprocess.run, check=True)
         mount(["mount", "--make-rprivate", "/"])
-        mount(["mount", "-t", "tmpfs", "-o", f"size={max(8, int(most * share))}k", "tmpfs", command.place])
+        mount(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", command.place])
+        command.prepare()
+        used = shutil.disk_usage(command.place).used // 1024
+        mount(["mount", "-o", f"remount,size={used + max(8, int(most * share))}k", command.place])
         if not share:  # not a byte, but the names of folders
             (command.place / "filler").write_bytes(bytes(8192))
         ended = in_a_process(command.run)
@@ -210,11 +245,11 @@ def test_a_full_disk(command, share):
 
 def test_kills(command):
     """SIGKILL at moments of all that is written, each followed by a start that ends well."""
-    empty(command.place)
+    command.prepare()
     count = in_a_process(partial(counted, command, None))
     moments = int(count.err.split("events: ")[1])
     for moment in random.Random(0).sample(range(moments), min(KILLS, moments)):
-        empty(command.place)
+        command.prepare()
         killed = in_a_process(partial(counted, command, moment))
         assert killed.status == -signal.SIGKILL, killed.err
         command.check(in_a_process(command.run))
