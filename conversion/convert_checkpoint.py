@@ -25,6 +25,7 @@ import huggingface_hub
 from transformers.utils import logging
 
 from spidr_hf.hub.card import converted_card
+from spidr_hf.system.commands import HelpFormatter
 from spidr_hf.system.files import remove_abandoned
 from spidr_hf.system.messages import one_line
 
@@ -120,9 +121,7 @@ def push(folder: str, repository: str, *, private: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="convert_checkpoint.py"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, prog="convert_checkpoint.py")
     parser.add_argument(
         "source",
         metavar="SOURCE",
@@ -137,7 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "config.json beside the checkpoint, the settings inside it, or SpidR's defaults)",
     )
     parser.add_argument(
-        "--objective", choices=("spidr", "dinosr"), help="the training objective, where neither file nor config tells"
+        "--objective",
+        choices=("spidr", "dinosr"),
+        help="the training objective, where neither tells (default: what file and config tell)",
     )
     parser.add_argument("--allow-non-finite", action="store_true", help=ALLOW_NON_FINITE)
     parser.add_argument(

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from spidr_hf.hub.card import published
 from spidr_hf.system.files import publish, unfinished
-from spidr_hf.system.messages import one_line, shown
+from spidr_hf.system.messages import counted, one_line, shown
 from spidr_hf.system.tables import known_table
 
 from .errors import ConversionError
@@ -175,7 +175,7 @@ def _save(response: Any, path: Path, name: str) -> None:
                 bar.update(len(block))
             received = file.tell()
         if length and received != length:
-            raise OSError(f"the connection broke after {received} of {length} bytes; start the command again")
+            raise OSError(f"the connection broke after {counted(received, 'byte', of=length)}; start the command again")
         publish(partial)
         partial.rename(path)
 

@@ -55,7 +55,7 @@ from spidr_hf.data.masking import SpanMask, masked_frames
 from spidr_hf.data.sections import DataSection, MaskingSection
 from spidr_hf.pretraining.memory import training_memory
 from spidr_hf.system.allocation import keep_freed_memory, prepare_training_process
-from spidr_hf.system.commands import clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
 from spidr_hf.system.files import replaced_file, write_text
 from spidr_hf.system.processes import device_of
 from spidr_hf.units.extractor import Extractor, feature_outputs
@@ -543,27 +543,33 @@ def measure(args: argparse.Namespace, announce: bool = True) -> dict:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), help="default: tiny; base with --targets")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help="what to measure (all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help="what to measure (default: all)")
     parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument(
         "--seconds",
         type=float,
         nargs="+",
-        help="lengths of utterances (2; with --targets 2 in training, 6 in inference)",
+        help="lengths of utterances (default: 2; with --targets 2 in training, 6 in inference)",
     )
-    parser.add_argument("--batch", type=int, default=2, help="utterances per batch (2)")
-    parser.add_argument("--longest", type=float, help="longest recording of the part lengths (15; 60 with --targets)")
+    parser.add_argument("--batch", type=int, default=2, help="utterances per batch")
+    parser.add_argument(
+        "--longest", type=float, help="longest recording of the part lengths (default: 15; 60 with --targets)"
+    )
     parser.add_argument("--hour", action="store_true", help="an hour, too, in the parts lengths and memory")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="models beside ours (all installed; none: --peers)")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, help="models beside ours; --peers alone: none (default: all installed)"
+    )
     parser.add_argument("--compile", action="store_true", help="spidr's compiled form, too (needs a C++ compiler)")
     parser.add_argument(
         "--targets", action="store_true", help="spidr-base in the shapes of the targets, and whether met"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (3)")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (torch's choice)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="found out by itself")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
+    parser.add_argument("--threads", type=int, help="threads of the CPU (default: torch's choice)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one"
+    )
     parser.add_argument("--json", type=user_path, help="write the numbers here, too")
     parser.add_argument("--plot", type=user_path, help="draw cost against length here (needs matplotlib)")
     args = parser.parse_args()

@@ -51,7 +51,7 @@ from spidr_hf.kernels_spidr import (
     plain_norm_gelu,
     use_kernels,
 )
-from spidr_hf.system.commands import clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.processes import device_of
 
@@ -412,20 +412,22 @@ def forward_backward(forward: Callable[[], torch.Tensor], grad: torch.Tensor) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    parser.add_argument("--size", choices=("base", "tiny"), default="base", help="default: base")
-    parser.add_argument("--batch", type=int, default=20, help="utterances (20)")
-    parser.add_argument("--seconds", type=float, default=11.875, help="their length (11.875: 3.8 M samples in all)")
+    parser.add_argument("--size", choices=("base", "tiny"), default="base")
+    parser.add_argument("--batch", type=int, default=20, help="utterances")
+    parser.add_argument("--seconds", type=float, default=11.875, help="their length; 11.875 makes 3.8 M samples in all")
     parser.add_argument("--new-lengths", action="store_true", help="another length in every step, none of them twice")
     parser.add_argument("--count", action="store_true", help="count the step instead of timing it; needs no GPU")
     parser.add_argument("--layers", type=int, help="with --count: layers of the model (default: those of --size)")
     parser.add_argument("--frozen", action="store_true", help="without training extractor and projection")
-    parser.add_argument("--rounds", type=int, default=10, help="timed rounds (10)")
-    parser.add_argument("--steps", type=int, default=3, help="steps in a row in each round of the part step (3)")
-    parser.add_argument("--top", type=int, default=25, help="kernels that the profile lists (25)")
+    parser.add_argument("--rounds", type=int, default=10, help="timed rounds")
+    parser.add_argument("--steps", type=int, default=3, help="steps in a row in each round of the part step")
+    parser.add_argument("--top", type=int, default=25, help="kernels that the profile lists")
     parser.add_argument("--compile", action="store_true", help="compile on a CPU, too, and for --count")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="found out by itself")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one"
+    )
     parser.add_argument("--json", type=user_path, help="write the rows here, too")
     args = parser.parse_args()
     if min(args.batch, args.rounds, args.steps, args.top) < 1 or args.seconds < 0.1:

@@ -24,7 +24,8 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 import numpy as np
 
 from spidr_hf.data.manifests import scan_tar
-from spidr_hf.system.commands import user_path
+from spidr_hf.system.commands import HelpFormatter, user_path
+from spidr_hf.system.messages import counted
 
 from .benchmarks.data_costs import (
     decoding_speed,
@@ -38,11 +39,11 @@ NEEDED = 4_000  # audio seconds per second that a GPU takes, at 60 ms an update 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000], help="sizes of manifests (1000000)")
-    parser.add_argument("--workers", type=int, default=2, help="decoding workers whose memory is looked at (2)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000], help="sizes of manifests")
+    parser.add_argument("--workers", type=int, default=2, help="decoding workers whose memory is looked at")
     parser.add_argument("--batches", type=int, default=4_320_000, help="length of the simulated run; 0: none")
-    parser.add_argument("--utterances", type=int, default=40, help="utterances of 12 s to decode (40)")
+    parser.add_argument("--utterances", type=int, default=40, help="utterances of 12 s to decode")
     parser.add_argument("--json", type=user_path, help="write the numbers here, too")
     args = parser.parse_args()
     if min(args.rows) < 1 or args.workers < 1 or args.batches < 0 or args.utterances < 1:
@@ -70,8 +71,8 @@ def main() -> None:
         run = simulated_run(batches=args.batches)
         result["run"] = asdict(run)
         print(
-            f"\n{run.batches} batches of 281241 utterances ({run.epochs} epochs): {run.seconds:.0f} s, memory grew by "
-            f"{run.growth:.1f} MiB",
+            f"\n{counted(run.batches, 'batch')} of 281241 utterances ({counted(run.epochs, 'epoch')}): "
+            f"{run.seconds:.0f} s, memory grew by {run.growth:.1f} MiB",
             flush=True,
         )
 

@@ -31,7 +31,7 @@ from spidr_hf.conversion.errors import ConversionError
 from spidr_hf.conversion.spidr_format import from_spidr
 from spidr_hf.kernels_spidr import kernels_run, use_kernels
 from spidr_hf.pretraining.setup import compile_layers
-from spidr_hf.system.commands import clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.processes import device_of
 
@@ -54,12 +54,16 @@ DTYPES = ("float32", "bfloat16")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folders", nargs="*", type=user_path, metavar="FOLDER", help="default: those of the repository")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
     parser.add_argument("--forms", nargs="+", choices=FORMS, help="default: all on a GPU, plain on a CPU")
-    parser.add_argument("--objective", choices=("spidr", "dinosr"), help="where neither checkpoint nor name tells")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="found out by itself")
+    parser.add_argument(
+        "--objective", choices=("spidr", "dinosr"), help="of the folders (default: what checkpoint or name tell)"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one"
+    )
     parser.add_argument("--json", type=user_path, metavar="OUT", help="write the numbers there, too")
     args = parser.parse_args()
     with clear_errors():

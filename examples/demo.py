@@ -33,7 +33,8 @@ from spidr_hf.evaluation.phones import count_pairs, pnmi
 from spidr_hf.plots.figures import run_figure
 from spidr_hf.plots.palette import unit_colours
 from spidr_hf.pretraining.start import initial_model
-from spidr_hf.system.commands import user_path
+from spidr_hf.system.commands import HelpFormatter, user_path
+from spidr_hf.system.messages import counted, duration
 from spidr_hf.units.unit_files import describe_model, predict_units, write_units
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,7 @@ LEAST_SHARE = 0.25  # of the codewords in use at the start, for the target perpl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output-dir", type=user_path, default=ROOT / "runs" / "demo", help="default: runs/demo")
     parser.add_argument(
         "--config", type=user_path, default=ROOT / "examples" / "configs" / "demo.toml", help="training config"
@@ -65,7 +66,7 @@ def main() -> None:
         print("\nThis run was trained before, so it is only drawn anew (make demo ARGS=--fresh begins from nothing).")
     else:
         print(f"\nTraining took {minutes(time.time() - start)}.")
-    print(f"Now the units of {len(held_out)} held-out utterances.", flush=True)
+    print(f"Now the units of {counted(len(held_out), 'held-out utterance')}.", flush=True)
 
     waveforms = [held_out.read(i) for i in range(len(held_out))]
     fileids = [held_out.fileid(i) for i in range(len(held_out))]
@@ -78,9 +79,8 @@ def main() -> None:
     for layer, sequences in units.items():
         write_units(run / "units" / str(layer) / "units.jsonl", sequences, {**describe_model(model), "layer": layer})
     scores = {"random weights": score(baseline, alignments), "after training": score(units, alignments)}
-    title = (
-        f"A small SpidR after {rows[-1]['step']} steps on {train.num_samples.sum() / 16_000 / 60:.0f} minutes of speech"
-    )
+    audio = duration(train.num_samples.sum() / 16_000)
+    title = f"A small SpidR after {counted(rows[-1]['step'], 'step')} on {audio} of speech"
     draw(run / "demo.png", title, held_out, waveforms, units, alignments, rows, model.config, scores)
     report(run, rows, scores)
     check(rows)

@@ -25,8 +25,9 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 from spidr_hf import SpidrForAudioTokenization
 from spidr_hf.configuration_spidr import SAMPLING_RATE
 from spidr_hf.hub.loading import load_model
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import HelpFormatter, clear_errors
 from spidr_hf.system.errors import AudioError, NonFiniteError
+from spidr_hf.system.messages import counted
 from spidr_hf.system.processes import device_of
 from spidr_hf.units.extractor import unit_layers
 from spidr_hf.units.unit_files import describe_model
@@ -44,8 +45,13 @@ choose it to hear what it covers, and where else it occurs. A second recording i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", metavar="MODEL", help="model folders or names on the Hub to choose from")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        metavar="MODEL",
+        help="model folders or names on the Hub to choose from (default: the one that `make demo` leaves)",
+    )
     parser.add_argument("--port", type=int, help="of the page's address (default: the first free one from 7860 on)")
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--share", action="store_true", help="make the page public, by Gradio's server")
@@ -158,7 +164,9 @@ def page(models: dict[str, Any]) -> Any:
             for unit, _, length in unit_stretches(recording.units[layer]):
                 frames.setdefault(unit, []).append(length)
         order = sorted(frames, key=lambda unit: -sum(frames[unit]))
-        return [(f"{unit}: {len(frames[unit])} times, {0.02 * sum(frames[unit]):.2f} s", unit) for unit in order]
+        return [
+            (f"{unit}: {counted(len(frames[unit]), 'time')}, {0.02 * sum(frames[unit]):.2f} s", unit) for unit in order
+        ]
 
     def hear(layer, unit, known):
         """All that a unit covers in the recordings that are shown."""

@@ -34,8 +34,9 @@ from torch import Tensor
 
 from spidr_hf.evaluation.abx import FREQUENCY, Token, abx, read_items
 from spidr_hf.hub.card import add_results, evaluation_results
-from spidr_hf.system.commands import clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
 from spidr_hf.system.files import write_text
+from spidr_hf.system.messages import counted
 from spidr_hf.system.names import match_names
 from spidr_hf.system.processes import device_of
 from spidr_hf.units.kmeans import FeatureFiles
@@ -43,7 +44,7 @@ from spidr_hf.units.unit_files import read_units, unit_files
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("item", type=user_path, metavar="ITEM_FILE")
     parser.add_argument(
         "features", type=user_path, metavar="FEATURES_DIR", help="folder of features, or one with layers"
@@ -55,8 +56,8 @@ def main() -> None:
     )
     parser.add_argument("--max-size-group", type=int, default=10, help="tokens per phone, context and speaker; 0: all")
     parser.add_argument("--max-x-across", type=int, default=5, help="other speakers for X; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
-    parser.add_argument("--frequency", type=int, default=FREQUENCY, help="frames per second (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--frequency", type=int, default=FREQUENCY, help="frames per second")
     parser.add_argument("--backend", choices=("auto", "fastabx", "own"), default="auto")
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--json", type=user_path, metavar="OUT", help="write the scores there")
@@ -143,8 +144,8 @@ def by_known_names(tokens: Sequence[Token], features: Mapping[str, Tensor], path
     matches, without = match_names(wanted, features, "entry")
     if without:
         raise ValueError(
-            f"{path} has nothing for {len(without)} of {len(wanted)} files of the items, for example {without[0]!r}; "
-            f"one that it has is {next(iter(features))!r}."
+            f"{path} has nothing for {counted(len(without), 'file', of=len(wanted))} of the items, for example "
+            f"{without[0]!r}; one that it has is {next(iter(features))!r}."
         )
     return [replace(token, fileid=matches[token.fileid]) for token in tokens]
 

@@ -39,14 +39,15 @@ from spidr_hf.data.alignments import SILENCES, read_alignments
 from spidr_hf.evaluation.discovery import ASSIGNMENTS, discovery_scores
 from spidr_hf.evaluation.phones import agreement, all_scores, count_pairs
 from spidr_hf.hub.card import add_results, evaluation_results
-from spidr_hf.system.commands import clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
 from spidr_hf.system.files import write_text
+from spidr_hf.system.messages import counted
 from spidr_hf.system.names import match_names
 from spidr_hf.units.unit_files import known_units, read_units, unit_files
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "units", type=user_path, metavar="UNITS_JSONL", help="file of units, or folder with one per layer"
     )
@@ -58,10 +59,11 @@ def main() -> None:
     )
     parser.add_argument("--agreement", type=user_path, metavar="OTHER_UNITS", help="other units of the same utterances")
     parser.add_argument("--deduplicate", action="store_true", help="bitrate of units without repeats")
+    parser.add_argument("--alignment-step", type=float, default=10, metavar="MS", help="milliseconds per step")
     parser.add_argument(
-        "--alignment-step", type=float, default=10, metavar="MS", help="milliseconds per step (default: 10)"
+        "--tier",
+        help="tier of the TextGrids that holds the phones (default: the one with phones in its name, or the only one)",
     )
-    parser.add_argument("--tier", help="tier of the TextGrids that holds the phones")
     silences = f"labels of silence, in either case (default: {' '.join(filter(None, SILENCES))}, and empty ones)"
     parser.add_argument("--silence", nargs="+", default=SILENCES, metavar="PHONE", help=silences)
     parser.add_argument("--num-units", type=int, help="units there can be (default: as their provenance says)")
@@ -69,9 +71,14 @@ def main() -> None:
         "--assignment",
         choices=ASSIGNMENTS,
         default=ASSIGNMENTS[0],
-        help="how units become phones (default: %(default)s)",
+        help="how units become phones",
     )
-    parser.add_argument("--phones", nargs="+", metavar="PHONE", help="phones there can be; others are an error")
+    parser.add_argument(
+        "--phones",
+        nargs="+",
+        metavar="PHONE",
+        help="phones there can be; others are an error (default: those of the alignments)",
+    )
     args = parser.parse_args()
     with clear_errors():
         step = args.alignment_step / 1000
@@ -85,8 +92,8 @@ def main() -> None:
                 matches, without = match_names(units, alignments)
                 if without:
                     print(
-                        f"{path}: {len(without)} of {len(units)} utterances have no alignment and are left out, "
-                        f"{without[0]!r} for one.",
+                        f"{path}: {counted(len(without), 'utterance', 'has', 'have', of=len(units))} no alignment: "
+                        f"left out, {without[0]!r} for one.",
                         file=sys.stderr,
                     )
                 units = {name: units[name] for name in matches}

@@ -34,7 +34,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 from spidr_hf import SpidrForAudioTokenization, SpidrModel
 from spidr_hf.hub.loading import load_model
 from spidr_hf.system.allocation import keep_freed_memory
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import HelpFormatter, clear_errors
 from spidr_hf.system.processes import device_of, start_processes
 from spidr_hf.units.arguments import add_extraction_arguments, extract_to, layout_of
 from spidr_hf.units.extractor import check_layers, feature_outputs, prediction_outputs, unit_layers
@@ -42,12 +42,12 @@ from spidr_hf.units.stores import FeatureStore
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_extraction_arguments(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--after-residual", action="store_true", help="the layers' full outputs")
     what.add_argument("--predictions", action="store_true", help="probabilities of codewords (frames x codewords)")
-    parser.add_argument("--format", choices=("pt", "npy"), default="pt", help="torch or numpy files (default: pt)")
+    parser.add_argument("--format", choices=("pt", "npy"), default="pt", help="torch or numpy files")
     args = parser.parse_args()
     with clear_errors():
         layout = layout_of(args)

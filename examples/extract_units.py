@@ -36,7 +36,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 from spidr_hf import SpidrForAudioTokenization, SpidrForPretraining, SpidrModel
 from spidr_hf.hub.loading import load_model
 from spidr_hf.system.allocation import keep_freed_memory
-from spidr_hf.system.commands import clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
 from spidr_hf.system.files import file_hash
 from spidr_hf.system.processes import device_of, start_processes
 from spidr_hf.units.arguments import FILE_KEYS, add_extraction_arguments, extract_to, layout_of
@@ -46,13 +46,18 @@ from spidr_hf.units.stores import UnitStore
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_extraction_arguments(parser)
     parser.add_argument("--deduplicate", action="store_true", help="collapse repeats, and write their durations")
     parser.add_argument("--key", choices=FILE_KEYS, help="what the utterance is called in a line (default: file)")
-    parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of units (default: jsonl)")
+    parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of units")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--kmeans", type=user_path, metavar="FILE", help="k-means of train_kmeans.py")
+    what.add_argument(
+        "--kmeans",
+        type=user_path,
+        metavar="FILE",
+        help="k-means of train_kmeans.py (default: the model's own codebooks)",
+    )
     what.add_argument("--teacher", action="store_true", help="labels of teacher and codebooks")
     parser.add_argument("--after-residual", action="store_true", help="with --kmeans of features after the residual")
     args = parser.parse_args()

@@ -56,7 +56,7 @@ from spidr_hf.finetuning.classification import FrameTask, SpeakerTask, Utterance
 from spidr_hf.finetuning.loop import finetune
 from spidr_hf.finetuning.reporter import describe_scores
 from spidr_hf.system.allocation import prepare_training_process
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import HelpFormatter, clear_errors
 from spidr_hf.system.processes import die_with_launcher, start_processes
 
 TASKS = {
@@ -67,7 +67,7 @@ TASKS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_finetuning_arguments(parser)
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument(

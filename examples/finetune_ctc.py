@@ -64,20 +64,21 @@ from spidr_hf.finetuning.loop import finetune
 from spidr_hf.finetuning.reporter import describe_scores, say
 from spidr_hf.finetuning.task import evaluate
 from spidr_hf.system.allocation import prepare_training_process
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import HelpFormatter, clear_errors
+from spidr_hf.system.messages import counted
 from spidr_hf.system.processes import die_with_launcher, start_processes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_finetuning_arguments(parser)
-    parser.add_argument("--units", choices=UNITS, default="characters", help="default: %(default)s")
+    parser.add_argument("--units", choices=UNITS, default="characters")
     parser.add_argument("--keep-text", action="store_true", help="do not touch case and punctuation")
     group = parser.add_argument_group("decoding with a language model")
     group.add_argument("--ngram", metavar="FILE", help="ARPA or KenLM file")
-    group.add_argument("--alpha", type=float, default=0.5, help="weight of the language model (default: %(default)s)")
-    group.add_argument("--beta", type=float, default=1.5, help="score of each word or phone (default: %(default)s)")
-    group.add_argument("--beam-width", type=int, default=100, help="default: %(default)s")
+    group.add_argument("--alpha", type=float, default=0.5, help="weight of the language model")
+    group.add_argument("--beta", type=float, default=1.5, help="score of each word or phone")
+    group.add_argument("--beam-width", type=int, default=100)
     args = parser.parse_args()
     die_with_launcher()
     with clear_errors("finetune"):
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
         labels = task.labels(source)
         indices, left_out = usable(source, indices, model.config, labels, round(args.max_seconds * SAMPLING_RATE))
         for reason, count in left_out.items():
-            say(f"{count} utterances for {name} are {reason}: left out.")
+            say(f"{counted(count, 'utterance')} for {name} {reason}: left out.")
         if not len(indices):
             raise ValueError(f"No utterance is left for {name}.")
         made.append(Split(name, source, indices, labels))

@@ -23,15 +23,15 @@ from spidr_hf import SpidrConfig
 from spidr_hf.configuration_spidr import SAMPLING_RATE, receptive_field
 from spidr_hf.conversion.sources import published
 from spidr_hf.hub.loading import loading
-from spidr_hf.system.commands import clear_errors
+from spidr_hf.system.commands import HelpFormatter, clear_errors
 
 _WITH_CODEBOOKS = {"SpidrForPretraining", "SpidrForAudioTokenization"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="model folder, name on the Hub, or published checkpoint")
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub (default: the main branch)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     with clear_errors():

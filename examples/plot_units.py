@@ -22,7 +22,8 @@ from spidr_hf.data.open import open_data
 from spidr_hf.evaluation.phones import count_pairs
 from spidr_hf.plots.figures import save_figure, utterance_figure
 from spidr_hf.plots.palette import unit_colours
-from spidr_hf.system.commands import clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.messages import counted
 from spidr_hf.system.names import match_names
 from spidr_hf.units.unit_files import read_units, unit_files
 
@@ -30,15 +31,18 @@ _LEGIBLE = 20  # seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("data", metavar="DATA", help="manifest, folder of audio files, .tar, or data set")
     parser.add_argument("units", type=user_path, metavar="UNITS", help="file of units, or folder with one per layer")
     parser.add_argument("picture", type=user_path, metavar="PICTURE", help="what to write: .png, .pdf, .svg")
     parser.add_argument("--file", metavar="FILEID", help="which utterance (default: the first that has units)")
     parser.add_argument("--alignments", type=user_path, help="phones, as for evaluate_units.py")
-    parser.add_argument("--tier", help="tier of the TextGrids that holds the phones")
+    parser.add_argument(
+        "--tier",
+        help="tier of the TextGrids that holds the phones (default: the one with phones in its name, or the only one)",
+    )
     parser.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help="of a folder (default: all)")
-    parser.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="from where (default: %(default)g)")
+    parser.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="from where")
     parser.add_argument("--end", type=float, metavar="SECONDS", help="to where (default: the end)")
     parser.add_argument("--resample", action="store_true", help="take audio of any rate and number of channels")
     args = parser.parse_args()
@@ -58,7 +62,10 @@ def main() -> None:
                 counts, names = count_pairs(aligned, {n: alignments[other] for n, other in known.items()})
                 colours[layer] = unit_colours(counts, names)
             if without:
-                print(f"{len(without)} of {len(sequences)} utterances have no alignment.", file=sys.stderr)
+                print(
+                    f"{counted(len(without), 'utterance', 'has', 'have', of=len(sequences))} no alignment.",
+                    file=sys.stderr,
+                )
             phones = alignments[known[name]] if name in known else []
         shown = {layer: sequences[name] for layer, sequences in units.items()}
         waveform, part = source.read(index), (args.start, args.end)

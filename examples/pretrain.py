@@ -58,7 +58,7 @@ from spidr_hf.pretraining.reporter import Reporter
 from spidr_hf.pretraining.setup import Learner
 from spidr_hf.pretraining.start import open_run
 from spidr_hf.pretraining.updates import Updates
-from spidr_hf.system.commands import training_command, user_path
+from spidr_hf.system.commands import HelpFormatter, training_command, user_path
 from spidr_hf.training.schedules import learning_rate
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"Fields of the config, for --section.field VALUE:\n{describe_fields()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -99,7 +99,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
     learner = Learner(model, config, run.accelerator, run.checkpoint, compiled=output_dir / "compiled")
     device, loss_scale = run.accelerator.device, learner.loss_scale
     loader = make_data_loader(run.source, config, model.config, state, pin_memory=device.type == "cuda", **run.layout)
-    processes = f"{world_size} process{'es' * (world_size > 1)} on {device.type}"
+    processes = f"{world_size} x {device.type}"
     run.settle()
     notes = [*run.notes, *learner.notes, *loader.notes, f"{loader}; {processes}"]
     reporter = Reporter(output_dir, config, run.accelerator, state, notes, run.source)
@@ -158,7 +158,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
         save()
     stop.finish()
     del batches
-    final = run.end(learner, f"Pretrained for {state.step} updates on {loader.amount}.")
+    final = run.end(learner, loader.amount)
     continues = f"{stop.received}: saved step {state.step}. The same command continues from there."
     reporter.say(f"Done: {final}" if final else continues)
     observers.finish(final)

@@ -38,9 +38,11 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="TOML")
     parser.add_argument("--init-ckpt", type=Path, required=True, metavar="PT")
     parser.add_argument("--output", type=Path, required=True, metavar="JSONL")
-    parser.add_argument("--max-steps", type=int, metavar="N", help="the config's otherwise")
-    parser.add_argument("--seed", type=int, help="of batches, masks and crops; the config's otherwise")
-    parser.add_argument("--save", type=Path, metavar="PT", help="keep weights and run there, and resume from there")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="default: the config's")
+    parser.add_argument("--seed", type=int, help="of batches, masks and crops (default: the config's)")
+    parser.add_argument(
+        "--save", type=Path, metavar="PT", help="keep weights and run there, and resume from there (default: nowhere)"
+    )
     args = parser.parse_args()
     try:
         from spidr.config import read_config
@@ -68,7 +70,7 @@ def main() -> None:
         run.load(args.save)
         keep_rows(args.output, run.step)
         if run.step >= steps:
-            sys.exit(f"Nothing to do: {args.save} has {run.step} updates.")
+            sys.exit(f"Nothing to do: {args.save} is at update {run.step}.")
     else:
         args.output.write_text("", encoding="utf-8")
     dtype = getattr(torch, config.optimizer.dtype)

@@ -24,18 +24,24 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spidr_hf.system.commands import clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
 from spidr_hf.system.files import write_text
+from spidr_hf.system.messages import counted
 from spidr_hf.system.processes import device_of
 from spidr_hf.units.language_model import Pair, collapses, read_pairs, score_pairs, text_to_units, units_to_text
 from spidr_hf.units.unit_files import read_units
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="folder of a language model (train_unit_lm.py: OUT_DIR/final)")
     parser.add_argument("pairs", type=user_path, metavar="PAIRS_CSV")
-    parser.add_argument("--units", type=user_path, metavar="UNITS_JSONL", help="units of the files that the pairs name")
+    parser.add_argument(
+        "--units",
+        type=user_path,
+        metavar="UNITS_JSONL",
+        help="units of the files that the pairs name (default: the pairs hold units)",
+    )
     parser.add_argument("--group", metavar="COLUMN", help="accuracy by this column, too")
     parser.add_argument("--no-normalize", action="store_true", help="log-probabilities of whole sequences")
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
@@ -68,7 +74,7 @@ def main() -> None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             write_text(args.json, json.dumps({**accuracy, "pairs": len(pairs)}, indent=2) + "\n")
         for name, value in accuracy.items():
-            print(f"{name}: {100 * value:.2f} %" + (f" of {len(pairs)} pairs" if name == "accuracy" else ""))
+            print(f"{name}: {100 * value:.2f} %" + (f" of {counted(len(pairs), 'pair')}" if name == "accuracy" else ""))
 
 
 def shortened(text: str) -> str:

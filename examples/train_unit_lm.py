@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from spidr_hf import __version__
-from spidr_hf.system.commands import clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
 from spidr_hf.system.files import file_hash, naming, replaced_folder, write_text
 from spidr_hf.system.processes import RunLock, from_first, start_processes
 from spidr_hf.training.checkpoints import begins_anew, set_aside
@@ -58,25 +58,25 @@ from spidr_hf.units.unit_files import known_units, read_units
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("units", type=user_path, metavar="UNITS_JSONL", help="units to train on")
     parser.add_argument("out_dir", type=user_path, metavar="OUT_DIR")
     parser.add_argument("--valid", type=user_path, required=True, metavar="UNITS_JSONL", help="held-out units")
     parser.add_argument("--deduplicate", action="store_true", help="collapse repeats")
     parser.add_argument("--num-units", type=int, help="units there can be (default: as their provenance says)")
     group = parser.add_argument_group("model")
-    group.add_argument("--arch", choices=ARCHITECTURES, default="llama", help="default: llama")
-    group.add_argument("--num-layers", type=int, default=4, help="default: %(default)s")
-    group.add_argument("--hidden-size", type=int, default=256, help="default: %(default)s")
-    group.add_argument("--num-heads", type=int, default=4, help="default: %(default)s")
-    group.add_argument("--max-length", type=int, default=1024, help="units of context (default: %(default)s)")
+    group.add_argument("--arch", choices=ARCHITECTURES, default="llama")
+    group.add_argument("--num-layers", type=int, default=4)
+    group.add_argument("--hidden-size", type=int, default=256)
+    group.add_argument("--num-heads", type=int, default=4)
+    group.add_argument("--max-length", type=int, default=1024, help="units of context")
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, default=2000, help="default: %(default)s")
-    group.add_argument("--batch-size", type=int, default=16, help="sequences per process (default: %(default)s)")
+    group.add_argument("--steps", type=int, default=2000)
+    group.add_argument("--batch-size", type=int, default=16, help="sequences per process")
     group.add_argument("--lr", type=float, default=1e-3, help="default: %(default)s, falling by a cosine")
-    group.add_argument("--warmup-steps", type=int, default=100, help="default: %(default)s")
-    group.add_argument("--save-steps", type=int, default=500, help="default: %(default)s")
-    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    group.add_argument("--warmup-steps", type=int, default=100)
+    group.add_argument("--save-steps", type=int, default=500)
+    group.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--fresh", action="store_true", help="begin anew; what OUT_DIR has of an earlier run goes to OUT_DIR/earlier-1"
     )

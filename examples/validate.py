@@ -38,17 +38,17 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 import torch
 
 from spidr_hf.pretraining.validation_run import RunFollower
-from spidr_hf.system.commands import clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
 from spidr_hf.system.processes import device_of
 from spidr_hf.training.schedules import DTYPES
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--run-dir", type=user_path, required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--watch", action="store_true", help="continue until the run has finished")
-    parser.add_argument("--poll", type=float, default=30, metavar="SECONDS", help="how often to look (default: 30)")
-    parser.add_argument("--data", metavar="DATA", help="validate on this instead of the config's data sets")
+    parser.add_argument("--poll", type=float, default=30, metavar="SECONDS", help="how often to look")
+    parser.add_argument("--data", metavar="DATA", help="validate on this (default: the config's data sets)")
     parser.add_argument("--alignments", metavar="FILE", help="phones of --data (see evaluate_units.py)")
     parser.add_argument(
         "--select",

@@ -20,16 +20,25 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 from spidr_hf.configuration_spidr import frame_lengths
 from spidr_hf.data.alignments import SILENCES, read_alignments, write_items
 from spidr_hf.modeling_spidr import SpidrConfig
-from spidr_hf.system.commands import clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.messages import counted
 from spidr_hf.system.tables import json_lines, text_lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("alignments", type=user_path, metavar="ALIGNMENTS", help="JSON lines, TextGrids or CTM")
     parser.add_argument("out", type=user_path, metavar="OUT", help="the .item file")
-    parser.add_argument("--speakers", type=user_path, metavar="FILE", help="lines of fileid and speaker")
-    parser.add_argument("--tier", help="tier of the TextGrids that holds the phones")
+    parser.add_argument(
+        "--speakers",
+        type=user_path,
+        metavar="FILE",
+        help="lines of fileid and speaker (default: the speakers of ALIGNMENTS)",
+    )
+    parser.add_argument(
+        "--tier",
+        help="tier of the TextGrids that holds the phones (default: the one with phones in its name, or the only one)",
+    )
     silences = f"labels of silence, in either case (default: {' '.join(filter(None, SILENCES))}, and empty ones)"
     parser.add_argument("--silence", nargs="+", default=SILENCES, metavar="PHONE", help=silences)
     args = parser.parse_args()
@@ -49,7 +58,7 @@ def main() -> None:
             if samples is not None
         }
         count = write_items(args.out, alignments, speakers, silences=args.silence, durations=ends)
-        print(f"{args.out}: {count} triphones of {len(set(speakers.values()))} speakers")
+        print(f"{args.out}: {counted(count, 'triphone')} of {counted(len(set(speakers.values())), 'speaker')}")
 
 
 def facts(row: dict[str, Any]) -> tuple[str, tuple[str | None, int | None]]:

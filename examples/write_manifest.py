@@ -15,12 +15,13 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from spidr_hf.data.manifests import scan_folder, scan_tar
-from spidr_hf.system.commands import user_path
+from spidr_hf.system.commands import HelpFormatter, user_path
 from spidr_hf.system.errors import ManifestError
+from spidr_hf.system.messages import counted, duration
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("audio", type=user_path, metavar="AUDIO_DIR_OR_TAR", help="folder of audio files, or a .tar")
     parser.add_argument(
         "output", type=user_path, metavar="OUTPUT", help="manifest to write: .csv, .jsonl or .tsv (fairseq)"
@@ -40,8 +41,11 @@ def main() -> None:
         sys.exit(f"error: {error}")
     for fileid, reason in manifest.skipped:
         print(f"left out {fileid}: {reason}", file=sys.stderr)
-    hours = manifest.num_samples.sum() / 16_000 / 3600
-    print(f"{args.output}: {len(manifest)} utterances, {hours:.2f} h; {len(manifest.skipped)} files left out")
+    seconds = manifest.num_samples.sum() / 16_000
+    print(
+        f"{args.output}: {counted(len(manifest), 'utterance')}, {duration(seconds)}; "
+        f"{counted(len(manifest.skipped), 'file')} left out"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Runs the commands of `examples/` in this process, which spares every test the seconds of a new one."""
 
 import importlib
+import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from unittest.mock import patch
+
+_COUNTS = re.compile(r"(?<![\w.,:/=-])1 (?:[a-z]+-)?([a-z]{2,}(?<!s)s)\b|(?<!\w)0\.\d+ (?:h|hours|days)\b")
+_NO_COUNTS = {"is", "as", "was", "has", "does"}  # after a number that is a name: "layer 1 has"
 
 
 @dataclass
@@ -27,7 +31,14 @@ def run_command(name: str, *arguments: object) -> Finished:
             if isinstance(stop.code, str):
                 print(stop.code, file=err)
             status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    check_counts(out.getvalue() + err.getvalue())
     return Finished(status, out.getvalue(), err.getvalue())
+
+
+def check_counts(printed: str) -> None:
+    """Asserts that of one thing nothing says several, and that no length is a small share of its unit."""
+    wrong = [found[0] for found in _COUNTS.finditer(printed) if found[1] not in _NO_COUNTS]
+    assert not wrong, (wrong, printed)
 
 
 def fails(finished: Finished, *words: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from commands import check_counts
 from safetensors.torch import load_file
 
 from spidr_hf.pretraining.config import load_config
@@ -156,6 +157,7 @@ def launch(*arguments, **options) -> subprocess.Popen:
 def finish(process: subprocess.Popen, code: int = 0) -> str:
     output = process.communicate(timeout=900)[0]
     assert process.returncode == code, output
+    check_counts(output)
     return output
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from commands import check_counts
 from tiny import tiny_config, tiny_model
 
 from spidr_hf import SpidrForCTC, __version__
@@ -30,6 +31,7 @@ def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
     except SystemExit as stop:
         status = stop.code
     printed = "".join(capsys.readouterr())
+    check_counts(printed)
     return (status or 0, printed) if not isinstance(status, str) else (1, printed + status)
 
 
@@ -37,8 +39,8 @@ class Stopped(Exception):
     """A parser was about to read its arguments."""
 
 
-def options_of(command: str) -> list[str]:
-    """The options that a command's parser has."""
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """A command's parser, as it is when it begins to read its arguments."""
     parsers = []
 
     def stop(parser: argparse.ArgumentParser, *_: object) -> None:
@@ -52,7 +54,13 @@ def options_of(command: str) -> list[str]:
         pytest.raises(Stopped),
     ):
         importlib.import_module(module_of(command)).main()
-    return sorted(set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", parsers[0].format_usage())) - {"-h", "--help"})
+    return parsers[0]
+
+
+def options_of(command: str) -> list[str]:
+    """The options that a command's parser has."""
+    usage = parser_of(command).format_usage()
+    return sorted(set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", usage)) - {"-h", "--help"})
 
 
 def test_every_command_has_a_name():
@@ -67,6 +75,16 @@ def test_every_command_has_a_name():
 def test_options_are_those_decided_on(name):
     """A new option is a decision: it goes into the file with `python tests/test_main.py`, and into the documents."""
     assert options_of(name) == json.loads(OPTIONS.read_text())[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_says_every_default(name):
+    parser = parser_of(name)
+    for action in parser._actions:
+        if not action.option_strings or action.nargs == 0 or action.required:
+            continue
+        text = " ".join(parser._get_formatter()._expand_help(action).split())
+        assert text.count("default:") == 1 and f"({action.default})" not in text, (action.option_strings, text)
 
 
 def test_lists_hints_and_version(monkeypatch, capsys):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, SequenceFeatureExtractor
 from spidr_hf.configuration_spidr import SAMPLING_RATE, SpidrConfig, receptive_field
 from spidr_hf.data.audio import read_audio, read_info
 from spidr_hf.system.errors import AudioError
+from spidr_hf.system.messages import duration
 from spidr_hf.units.extractor import unit_layers
 from spidr_hf.units.unit_files import deduplicate, predict_units
 
@@ -83,7 +84,7 @@ def read_recording(path: str | Path, *, min_samples: int = 1, max_seconds: float
     seconds = info.num_samples / info.sampling_rate
     if seconds > max_seconds:
         raise AudioError(
-            f"{name} is {_duration(seconds)} long; at most {max_seconds:g} seconds can be shown. Cut out a part, or "
+            f"{name} is {duration(seconds)} long; at most {max_seconds:g} seconds can be shown. Cut out a part, or "
             "use examples/extract_units.py for recordings of any length."
         )
     if info.num_samples * info.channels > _MOST_VALUES:
@@ -153,12 +154,6 @@ def units_report(recordings: Sequence[Recording], layer: int, model: Mapping[str
         first, second = recordings
         report["comparison"] = compare_units(first.units[layer], second.units[layer]).scores()
     return report
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 __all__ = [

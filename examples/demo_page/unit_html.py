@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from spidr_hf.configuration_spidr import SAMPLING_RATE
 from spidr_hf.plots.figures import draw_spectrogram
 from spidr_hf.plots.palette import unit_colour
+from spidr_hf.system.messages import counted
 
 from .comparison import compare_units
 from .recordings import FRAME, Recording, unit_stretches
@@ -180,8 +181,8 @@ def timeline_html(recording: Recording, layers: Sequence[int], label: str) -> st
     )
     return (
         f'<section class="units" aria-label="{label}: {name}"><h3>{label}: {name}</h3>'
-        f"<p>{recording.seconds:.2f} s, {len(units)} frames of 20 ms, {len(stretches)} units without repeats, "
-        f"{len(set(units.tolist()))} different ones (layer {layer}).</p>"
+        f"<p>{recording.seconds:.2f} s, {counted(len(units), 'frame')} of 20 ms, {counted(len(stretches), 'unit')} "
+        f"without repeats, {len(set(units.tolist()))} different ones (layer {layer}).</p>"
         f'{remark}<p class="controls"><button type="button" data-step="-1">Previous</button>'
         '<button type="button" data-step="1">Next</button><button type="button" data-zoom="2">Wider</button>'
         '<button type="button" data-zoom="0.5">Narrower</button></p>'
@@ -213,8 +214,8 @@ def comparison_html(first: Recording, second: Recording, layer: int, labels: tup
     )
     return (
         f'<section class="units" aria-label="Comparison"><h3>{labels[0]} and {labels[1]} compared</h3>'
-        f"<p><strong>Edit distance {result.edit_distance}</strong> between {len(rows[0])} and {len(rows[1])} units "
-        f"without repeats: {100 * result.normalized_distance:.0f} % of the longer. "
+        f"<p><strong>Edit distance {result.edit_distance}</strong> between {len(rows[0])} and "
+        f"{counted(len(rows[1]), 'unit')} without repeats: {100 * result.normalized_distance:.0f} % of the longer. "
         f"<strong>{result.shared_units}</strong> of {result.distinct_units} different units are in both.</p>"
         f'<div class="pairs" role="toolbar" data-group aria-label="Aligned units">{"".join(columns)}</div>'
         f'<p class="said" role="status">{labels[0]} above, {labels[1]} below. '

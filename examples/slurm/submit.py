@@ -30,7 +30,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
 
 from spidr_hf.pretraining.config import PretrainingConfig, load_config
-from spidr_hf.system.commands import user_path
+from spidr_hf.system.commands import HelpFormatter, user_path
 from spidr_hf.system.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent
@@ -39,22 +39,25 @@ ENVIRONMENT = {"PYTHON": sys.executable, "SPIDR_HF": str(HERE.parent.parent)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("configs", type=user_path, nargs="+", metavar="CONFIG", help="TOML or JSON; one job each")
     parser.add_argument("-A", "--account", required=True, help="who pays")
     parser.add_argument("-N", "--nodes", type=int, required=True, help="nodes per job")
     parser.add_argument(
         "-G", "--gpus-per-node", type=int, required=True, help="GPUs per node, one process each; 0: CPUs"
     )
-    parser.add_argument("-c", "--cpus", type=int, default=10, help="cores per process (default: %(default)s)")
+    parser.add_argument("-c", "--cpus", type=int, default=10, help="cores per process")
     parser.add_argument("-t", "--time", help="time limit of a job, as sbatch takes it (default: 24:00:00)")
-    parser.add_argument("-C", "--constraint", help="features that the nodes must have")
-    parser.add_argument("-q", "--qos", help="quality of service")
-    parser.add_argument("-p", "--partition", help="partition")
-    parser.add_argument("--mem-per-gpu", help="main memory per GPU, for example 60G")
-    parser.add_argument("--output-root", type=user_path, metavar="DIR", help="where the runs' folders are (see above)")
+    parser.add_argument("-C", "--constraint", help="features that the nodes must have (default: none)")
+    parser.add_argument("-q", "--qos", help="quality of service (default: the account's)")
+    parser.add_argument("-p", "--partition", help="partition (default: the cluster's)")
+    parser.add_argument("--mem-per-gpu", help="main memory per GPU, for example 60G (default: the cluster's)")
+    parser.add_argument(
+        "--output-root",
+        type=user_path,
+        metavar="DIR",
+        help="where the runs' folders are (default: the config's run.workdir, else runs)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands and submit nothing")
     args, overrides = parser.parse_known_args()
     try:

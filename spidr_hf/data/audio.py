@@ -23,7 +23,7 @@ import soundfile
 
 from ..configuration_spidr import SAMPLING_RATE
 from ..system.errors import AudioError
-from ..system.messages import one_line, shown
+from ..system.messages import counted, one_line, shown
 from .containers import FileWindow, declared
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".w64", ".caf", ".au")
@@ -485,7 +485,7 @@ def _check(name: str, info: AudioInfo, resample: bool) -> None:
     if info.sampling_rate != SAMPLING_RATE:
         raise AudioError(f"{name}: has {info.sampling_rate} Hz instead of {SAMPLING_RATE}. {_RESAMPLE}")
     if info.channels != 1:
-        raise AudioError(f"{name}: has {info.channels} channels instead of 1. {_RESAMPLE}")
+        raise AudioError(f"{name}: has {counted(info.channels, 'channel')} instead of 1. {_RESAMPLE}")
 
 
 def _cut_off(name: str, length: int, expected: int) -> AudioError:

@@ -27,6 +27,7 @@ from ..configuration_spidr import SpidrConfig, frame_lengths, receptive_field
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..system.errors import AudioError
 from ..system.files import write_text
+from ..system.messages import counted
 from ..system.processes import die_with_parent, kill_workers_at_exit
 from ..system.shared_memory import WorkerError, check_shared_memory, local_processes, no_room, shared_bytes
 from ..system.tables import json_lines
@@ -364,7 +365,7 @@ class SkippedFiles:
         self._listed |= set(new)
         if self.skipped > self.max_share * max(self.tried, _MIN_TRIED):
             raise AudioError(
-                f"{self.skipped} of {self.tried} utterances cannot be used, more than {self.limit} "
+                f"{counted(self.skipped, 'utterance', of=self.tried)} cannot be used, more than {self.limit} "
                 f"({self.max_share:g}){f'; {self.path} lists them' if self.path else ''}. "
                 f"{self._commonest()}"
             )
@@ -374,7 +375,7 @@ class SkippedFiles:
         if not self._kinds:
             return ""
         kind, count = self._kinds.most_common(1)[0]
-        return f"The commonest of the reasons ({count} times), for one: {self._examples[kind]}"
+        return f"The commonest of the reasons ({counted(count, 'time')}), for one: {self._examples[kind]}"
 
 
 def make_sampler(source: AudioSource, data: DataSection, model: SpidrConfig, **layout: int) -> BucketSampler:

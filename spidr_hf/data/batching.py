@@ -33,6 +33,7 @@ from torch.utils.data import Sampler
 
 from ..configuration_spidr import SAMPLING_RATE
 from ..system.errors import BatchingError
+from ..system.messages import counted, duration
 
 BUCKET_METHODS = ("uniform", "percentile")
 _BATCHES_AHEAD = 3
@@ -165,9 +166,10 @@ class BucketSampler(Sampler[BatchKey]):
         self._cached: tuple[int, EpochBatches] | None = None
         if drop_last and len(self._epoch(0)) < self.batches_per_update:
             raise BatchingError(
-                f"The data has {len(self._epoch(0))} batches of at most {max_batch_length} samples, an update takes "
-                f"{self.batches_per_update} ({world_size} processes x {accumulation} accumulated), and `drop_last` "
-                "leaves out the rest, so there is no update. Make `max_batch_length` smaller or turn `drop_last` off."
+                f"The data has {counted(len(self._epoch(0)), 'batch')} of at most {max_batch_length} samples, an "
+                f"update takes {self.batches_per_update} ({counted(world_size, 'process')} x {accumulation} "
+                "accumulated), and `drop_last` leaves out the rest, so there is no update. Make `max_batch_length` "
+                "smaller or turn `drop_last` off."
             )
 
     def epoch_batches(self, epoch: int, start: int = 0) -> EpochBatches:
@@ -193,10 +195,10 @@ class BucketSampler(Sampler[BatchKey]):
         return count // self.batches_per_update if self.drop_last else -(-count // self.batches_per_update)
 
     @property
-    def hours(self) -> float:
-        """Audio in an epoch, in hours."""
+    def seconds(self) -> float:
+        """Audio in an epoch, in seconds."""
         samples = self.lengths.sum() if self._shares is None else self.lengths @ self._shares
-        return float(samples) / SAMPLING_RATE / 3600
+        return float(samples) / SAMPLING_RATE
 
     @property
     def heard_share(self) -> float:
@@ -215,8 +217,8 @@ class BucketSampler(Sampler[BatchKey]):
 
     def __str__(self) -> str:
         dropped = f", {self.num_dropped} too short" if self.num_dropped else ""
-        size = f"{len(self.utterances)} utterances{dropped}, {self.hours:.2f} h"
-        return f"{size}; {self.updates_per_epoch()} updates per epoch"
+        size = f"{counted(len(self.utterances), 'utterance')}{dropped}, {duration(self.seconds)}"
+        return f"{size}; {counted(self.updates_per_epoch(), 'update')} per epoch"
 
     def __iter__(self) -> Iterator[BatchKey]:
         """This process's batches from `position` on, epoch after epoch, without end."""

@@ -16,7 +16,7 @@ from typing import IO, Any, Literal, NamedTuple
 from tqdm import tqdm
 
 from ..system.errors import ManifestError
-from ..system.messages import shown
+from ..system.messages import counted, shown
 
 # (offset, count) -> bytes of the file; fewer at its end
 Read = Callable[[int, int], bytes]
@@ -335,7 +335,7 @@ def _no_tar(path: Path, file: IO[bytes], members: int, error: Any) -> ManifestEr
     if kind := next((kind for magic, kind in packed.items() if head.startswith(magic)), None):
         advice = f"Decompress it first (it is {kind}), or unpack it and pass the folder."
     elif members:
-        advice = f"It is cut off or damaged behind its first {members} files: copy it again."
+        advice = f"It is cut off or damaged behind {counted(members, 'file')}: copy it again."
     else:
         advice = "It is cut off, or no tar: copy it again."
     return ManifestError(f"{path}: cannot be read as a tar without compression ({error}). {advice}")

@@ -17,6 +17,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from ..system.errors import AudioError, ManifestError
+from ..system.messages import counted
 from .audio import AudioFile, read_audio, read_info
 from .manifests import load_scan, save_scan
 from .sources import Skipped
@@ -140,7 +141,9 @@ class DatasetSource:
         rows = [row for row, length in enumerate(lengths) if not isinstance(length, AudioError)]
         if not rows:
             first = f"; the first: {skipped[0].reason}" if skipped else ""
-            raise ManifestError(f"{self.name}: none of its {count} rows holds audio that can be used{first}")
+            raise ManifestError(
+                f"{self.name}: {counted(0, 'row', 'holds', 'hold', of=count)} audio that can be used{first}"
+            )
         columns = {"row": rows, "fileid": [fileids[row] for row in rows], "num_samples": [lengths[row] for row in rows]}
         return pa.table(columns, _SCANNED), skipped
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..system.errors import AudioError, ManifestError
 from ..system.files import replaced_file
-from ..system.messages import one_line, shown
+from ..system.messages import counted, one_line, shown
 from .audio import AudioFile, Member, Source, audio_suffixes, read_audio, read_info, read_window, unreadable_suffixes
 from .containers import FileWindow, tar_members
 from .manifest_files import (
@@ -390,7 +390,7 @@ def _is_apples(path: str) -> bool:
 
 
 def _first(skipped: Sequence[Skipped]) -> str:
-    return f" {len(skipped)} were left out; the first: {skipped[0].reason}" if skipped else ""
+    return f" {counted(len(skipped), 'file')} left out; the first: {skipped[0].reason}" if skipped else ""
 
 
 def scan_tar(
@@ -453,7 +453,7 @@ def _split(rows: Iterable[tuple[str, int | AudioError]], name: str) -> tuple[dic
             columns["num_samples"].append(result)
     if not columns["path"]:
         raise ManifestError(
-            f"{name}: none of its {len(skipped)} audio files can be used; the first: {skipped[0].reason}"
+            f"{name}: {counted(0, 'audio file', of=len(skipped))} can be used; the first: {skipped[0].reason}"
         )
     return columns, skipped
 
@@ -506,8 +506,8 @@ def _checked(table: pa.Table, name: str) -> pa.Table:
         twice = counts.filter(pc.greater(counts.field("counts"), 1))
         raise ManifestError(
             f"{name}: fileid {twice[0]['values'].as_py()!r} stands for {twice[0]['counts'].as_py()} utterances "
-            f"({len(twice)} such fileids). Each needs its own; of a folder that holds the same audio in several "
-            "formats, name a folder or a manifest with one of them."
+            f"({counted(len(twice), 'such fileid')}). Each needs its own; of a folder that holds the same audio in "
+            "several formats, name a folder or a manifest with one of them."
         )
     _check_recordings(table, name, bool(present))
     return table
@@ -532,8 +532,8 @@ def _check_recordings(table: pa.Table, name: str, in_archives: bool) -> None:
     first, second = (shown(table.column("fileid")[row].as_py()) for row in rows)
     raise ManifestError(
         f"{name}: the recording {shown(table.column('path')[rows[0]].as_py())} is there {twice[0]['counts'].as_py()} "
-        f"times, as {first!r} and {second!r} ({len(twice)} such recordings). Leave the others out; what should be "
-        "heard more often gets a weight (data.weights)."
+        f"times, as {first!r} and {second!r} ({counted(len(twice), 'such recording')}). Leave the others out; what "
+        "should be heard more often gets a weight (data.weights)."
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..configuration_spidr import SAMPLING_RATE
 from ..system.errors import ManifestError
+from ..system.messages import counted, duration
 from .audio import AudioFile
 from .sources import AudioSource, Skipped
 
@@ -35,7 +36,9 @@ class MixedSource:
     def __init__(self, sources: Sequence[AudioSource], names: Sequence[str], weights: Sequence[float] | None = None):
         weights = [1.0] * len(sources) if weights is None else list(weights)
         if not len(sources) == len(names) == len(weights) or not sources:
-            raise ManifestError(f"{len(names)} sources have {len(weights)} weights: each needs one.")
+            raise ManifestError(
+                f"{counted(len(names), 'source', 'has', 'have')} {counted(len(weights), 'weight')}: each needs one."
+            )
         if twice := [name for name in names if list(names).count(name) > 1]:
             raise ManifestError(f"{twice[0]} is named twice among the sources: give it once, with a weight of 2.")
         if bad := [weight for weight in weights if not 0 < weight < math.inf]:
@@ -83,11 +86,12 @@ class MixedSource:
 
     def describe(self) -> list[str]:
         """A line for each source: its weight, and its share of the audio in an epoch."""
-        hours = [float(source.num_samples.sum()) / SAMPLING_RATE / 3600 for source in self.sources]
-        total = sum(weight * size for weight, size in zip(self.weights, hours, strict=True))
+        seconds = [float(source.num_samples.sum()) / SAMPLING_RATE for source in self.sources]
+        total = sum(weight * size for weight, size in zip(self.weights, seconds, strict=True))
         return [
-            f"{name}: {len(source)} utterances, {size:.2f} h, weight {weight:g}, so {weight * size / total:.1%} of all"
-            for name, source, size, weight in zip(self.names, self.sources, hours, self.weights, strict=True)
+            f"{name}: {counted(len(source), 'utterance')}, {duration(size)}, weight {weight:g}, "
+            f"so {weight * size / total:.1%} of all"
+            for name, source, size, weight in zip(self.names, self.sources, seconds, self.weights, strict=True)
         ]
 
     def _place(self, index: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..system.messages import counted
 from ..system.tables import column_lines, interval
 
 FREQUENCY = 50  # frames per second
@@ -96,8 +97,8 @@ def cut_tokens(
         for i in indices:
             if tokens[i].end > len(x):
                 raise ValueError(
-                    f"The features of {fileid!r} have {len(x)} frames, but an item reaches to frame {tokens[i].end}. "
-                    "Leave items at the very end out (the convolutions drop up to 25 ms there)."
+                    f"The features of {fileid!r} have {counted(len(x), 'frame')}, but an item reaches to frame "
+                    f"{tokens[i].end}. Leave items at the very end out (the convolutions drop up to 25 ms there)."
                 )
             pieces[i] = x[tokens[i].start : tokens[i].end]
     lengths = torch.tensor([len(piece) for piece in pieces])

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from ..data.alignments import SILENCES, STEP, Phones, is_silence
+from ..system.messages import counted
 
 UNIT = 0.02  # seconds that a unit covers
 # The convolutions drop up to 399 samples at the end of an utterance: just under 25 ms, two whole steps of 10 ms.
@@ -76,9 +77,9 @@ def count_pairs(
         unit_steps = values[((covered + 0.5) * step / UNIT).astype(np.int64)] if len(values) else values
         if abs(len(steps) - len(unit_steps)) > most:
             raise ValueError(
-                f"The lengths of {fileid!r} disagree: its {len(values)} units cover {len(unit_steps)} steps of "
-                f"{step * 1000:g} ms, its alignment has {len(steps)}. They may differ by {most}. Units must not be "
-                "deduplicated."
+                f"The lengths of {fileid!r} disagree: its {counted(len(values), 'unit', 'covers', 'cover')} "
+                f"{len(unit_steps)} steps of {step * 1000:g} ms, its alignment has {len(steps)}. They may differ by "
+                f"{most}. Units must not be deduplicated."
             )
         length = min(len(steps), len(unit_steps))
         if unit_steps[:length].min(initial=0) < 0:
@@ -89,7 +90,7 @@ def count_pairs(
             )
         if phones is not None and (unknown := sorted({phone for phone, _, _ in alignments[fileid]} - set(phones))):
             raise ValueError(
-                f"The alignment of {fileid!r} has {len(unknown)} phones, {unknown[0]!r} for one, that are not among "
+                f"The alignment of {fileid!r} has {counted(len(unknown), 'phone')} ({unknown[0]!r} for one) not among "
                 f"the {len(phones)} given."
             )
         indices = np.array([index[phone] for phone, _, _ in alignments[fileid]])
@@ -176,7 +177,8 @@ def agreement(
             raise ValueError(f"There are no units of {fileid!r} to compare with.")
         if len(sequence) != len(others[fileid]):
             raise ValueError(
-                f"The lengths of {fileid!r} disagree: {len(sequence)} units here, {len(others[fileid])} there."
+                f"The lengths of {fileid!r} disagree: {counted(len(sequence), 'unit')} here, {len(others[fileid])} "
+                "there."
             )
         equal += int(np.sum(np.asarray(sequence) == np.asarray(others[fileid])))
         total += len(sequence)

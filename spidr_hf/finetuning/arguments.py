@@ -16,6 +16,7 @@ from ..data.sources import AudioSource
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.loading import load_feature_extractor, loading
 from ..modeling_spidr_heads import SpidrHeadModel
+from ..system.messages import counted
 from ..training.metrics import read_rows
 from ..units.arguments import add_data_arguments
 from .reporter import say
@@ -33,8 +34,11 @@ def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where the labels are (see above); for training, validation and held-out audio together",
     )
-    parser.add_argument("--column", help="column of the labels")
-    parser.add_argument("--tier", help="tier of TextGrids that has the phones")
+    parser.add_argument("--column", help="column of the labels (default: see above)")
+    parser.add_argument(
+        "--tier",
+        help="tier of TextGrids that has the phones (default: the one with phones in its name, or the only one)",
+    )
     parser.add_argument(
         "--hold-out",
         metavar="COLUMN=VALUE",
@@ -48,46 +52,38 @@ def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
         help="begin with random weights instead of MODEL's: what the head reaches without pretraining",
     )
     group.add_argument("--dropout", type=float, help="of layers, attention and head (default: the model's own)")
-    group.add_argument(
-        "--mask-time-prob", type=float, default=0.05, help="SpecAugment over time (default: %(default)s)"
-    )
-    group.add_argument("--mask-time-length", type=int, default=10, help="frames of a span (default: %(default)s)")
-    group.add_argument("--mask-feature-prob", type=float, default=0.0, help="over channels (default: %(default)s)")
-    group.add_argument("--mask-feature-length", type=int, default=10, help="channels of a span (default: %(default)s)")
+    group.add_argument("--mask-time-prob", type=float, default=0.05, help="SpecAugment over time")
+    group.add_argument("--mask-time-length", type=int, default=10, help="frames of a span")
+    group.add_argument("--mask-feature-prob", type=float, default=0.0, help="over channels")
+    group.add_argument("--mask-feature-length", type=int, default=10, help="channels of a span")
     group = parser.add_argument_group("training")
     default = Settings()
-    group.add_argument("--steps", type=int, default=default.steps, help="updates (default: %(default)s)")
-    group.add_argument("--lr", type=float, default=default.lr, help="the encoder's peak rate (default: %(default)s)")
-    group.add_argument("--head-lr", type=float, default=default.head_lr, help="the head's (default: %(default)s)")
-    group.add_argument("--warmup", type=float, default=default.warmup, help="share of the steps (default: %(default)s)")
+    group.add_argument("--steps", type=int, default=default.steps, help="updates")
+    group.add_argument("--lr", type=float, default=default.lr, help="the encoder's peak rate")
+    group.add_argument("--head-lr", type=float, default=default.head_lr, help="the head's")
+    group.add_argument("--warmup", type=float, default=default.warmup, help="share of the steps")
     group.add_argument(
-        "--hold", type=float, default=default.hold, help="share of the steps at the peak; the rest decays (%(default)s)"
+        "--hold", type=float, default=default.hold, help="share of the steps at the peak; the rest decays"
     )
     group.add_argument(
         "--freeze-encoder-steps",
         type=int,
         default=default.freeze_encoder_steps,
         metavar="N",
-        help="updates at first in which only the head trains (default: %(default)s)",
+        help="updates at first in which only the head trains",
     )
     group.add_argument("--freeze-encoder", action="store_true", help="only the head trains, to the end (probing)")
     group.add_argument("--train-extractor", action="store_true", help="the convolutional extractor trains, too")
-    group.add_argument(
-        "--batch-seconds", type=float, default=default.batch_seconds, help="audio per batch (default: %(default)g)"
-    )
-    group.add_argument("--accumulation", type=int, default=1, help="batches per update (default: %(default)s)")
-    group.add_argument("--max-seconds", type=float, default=30.0, help="longest utterance (default: %(default)g)")
-    group.add_argument("--weight-decay", type=float, default=default.weight_decay, help="default: %(default)s")
-    group.add_argument(
-        "--max-norm", type=float, default=default.max_norm, help="of the gradient (default: %(default)g)"
-    )
-    group.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default=default.dtype, help="of training (default: %(default)s)"
-    )
-    group.add_argument("--eval-interval", type=int, default=default.eval_interval, help="default: %(default)s")
-    group.add_argument("--log-interval", type=int, default=default.log_interval, help="default: %(default)s")
-    group.add_argument("--num-workers", type=int, default=default.num_workers, help="that decode audio (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    group.add_argument("--batch-seconds", type=float, default=default.batch_seconds, help="audio per batch")
+    group.add_argument("--accumulation", type=int, default=1, help="batches per update")
+    group.add_argument("--max-seconds", type=float, default=30.0, help="longest utterance")
+    group.add_argument("--weight-decay", type=float, default=default.weight_decay)
+    group.add_argument("--max-norm", type=float, default=default.max_norm, help="of the gradient")
+    group.add_argument("--dtype", choices=("bfloat16", "float32"), default=default.dtype, help="of training")
+    group.add_argument("--eval-interval", type=int, default=default.eval_interval)
+    group.add_argument("--log-interval", type=int, default=default.log_interval)
+    group.add_argument("--num-workers", type=int, default=default.num_workers, help="that decode audio")
+    group.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--fresh",
         action="store_true",
@@ -178,11 +174,11 @@ def labelled(source: AudioSource, indices: Iterable[int], labels: Mapping[str, A
     found = np.array([index for index in indices if source.fileid(index) in labels], dtype=np.int64)
     if indices and not len(found):
         raise ValueError(
-            f"None of the {len(indices)} utterances for {what} has labels: are the file ids the same? One of the audio "
-            f"is {source.fileid(indices[0])!r}, one of the labels {next(iter(labels), '(none)')!r}."
+            f"{counted(0, 'utterance', of=len(indices))} for {what} has labels: are the file ids the same? One "
+            f"of the audio is {source.fileid(indices[0])!r}, one of the labels {next(iter(labels), '(none)')!r}."
         )
     if len(found) < len(indices):
-        say(f"{len(indices) - len(found)} utterances for {what} have no labels and are left out.")
+        say(f"{counted(len(indices) - len(found), 'utterance')} for {what} without labels: left out.")
     return found
 
 

@@ -18,6 +18,7 @@ from ..data.batching import BatchKey, Position, batches_by_length
 from ..data.sources import AudioSource, Skipped
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..system.errors import AudioError
+from ..system.messages import counted
 
 NO_LABEL = -100
 # What a random number is drawn for, part of its seed; those before are pretraining's.
@@ -133,7 +134,7 @@ class LabelledBatches(Dataset[LabelledBatch]):
             labels.append(label)
             utterances.append(index)
         if not rows:
-            reason = f"None of the {len(skipped)} utterances of a batch can be used: {skipped[-1].reason}"
+            reason = f"{counted(0, 'utterance', of=len(skipped))} of a batch can be used: {skipped[-1].reason}"
             raise NoAudioError(reason, skipped)
         lengths = np.array([len(row) for row in rows])
         input_values, attention_mask = padded(rows, self._width(int(lengths.max())))

@@ -26,6 +26,7 @@ from ..data.sections import DataSection
 from ..hub.card import finetuned_card
 from ..modeling_spidr_heads import SpidrHeadModel
 from ..system.files import replaced_file, replaced_folder, write_text
+from ..system.messages import counted, duration
 from ..system.processes import RunLock
 from ..training.checkpoints import Checkpoints, TrainerState, agree, begins_anew, set_aside
 from ..training.optimizing import UpdateGuard, scale_and_clip
@@ -123,8 +124,8 @@ def finetune(
     dataset = task.batches(train, training=True, seed=settings.seed)
     loader = make_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
     say(
-        f"{len(train)} utterances, {sampler.hours:.2f} h; {sampler.updates_per_epoch()} updates per epoch; "
-        f"{world_size} process{'es' * (world_size > 1)} on {device.type}"
+        f"{counted(len(train), 'utterance')}, {duration(sampler.seconds)}; "
+        f"{counted(sampler.updates_per_epoch(), 'update')} per epoch; {counted(world_size, 'process')} on {device.type}"
     )
     reporter = Reporter(folder, settings, state, train.source)
     remedy = "Start anew with a lower --lr or with --dtype float32."

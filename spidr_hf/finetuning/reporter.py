@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..data.sources import AudioSource
+from ..system.messages import counted
 from ..training.checkpoints import TrainerState
 from ..training.metrics import read_rows
 from ..training.reporting import RunReport, say_above_bar
@@ -78,7 +79,7 @@ def shown(name: str, value: float) -> str:
 def describe_scores(results: Mapping[str, Any]) -> str:
     """One line per split."""
     return "\n".join(
-        f"{name} ({scores['utterances']} utterances): "
+        f"{name} ({counted(scores['utterances'], 'utterance')}): "
         + ", ".join(f"{key} {shown(key, value)}" for key, value in scores.items() if key != "utterances")
         for name, scores in results["scores"].items()
     )

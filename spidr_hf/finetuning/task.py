@@ -15,6 +15,7 @@ from ..configuration_spidr import SAMPLING_RATE, frame_lengths
 from ..data.sources import Skipped
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..modeling_spidr_heads import SpidrHeadModel
+from ..system.messages import counted
 from ..system.processes import gather_all
 from .batches import LabelledBatch, LabelledBatches, NoAudioError, Split, evaluation_keys
 from .reporter import say
@@ -81,10 +82,10 @@ def long_enough(split: Split, task: Task) -> Split:
     frames = frame_lengths(task.model.config, torch.from_numpy(split.source.num_samples[split.indices])).numpy()
     indices = split.indices[frames >= task.min_frames]
     if not len(indices):
-        raise ValueError(f"There is no utterance for {split.name} that has {task.min_frames} frames.")
+        raise ValueError(f"There is no utterance for {split.name} that has {counted(task.min_frames, 'frame')}.")
     if len(indices) < len(split):
-        fewer = len(split) - len(indices)
-        say(f"{fewer} utterances for {split.name} have fewer than {task.min_frames} frames: left out.")
+        fewer = counted(len(split) - len(indices), "utterance")
+        say(f"{fewer} for {split.name} with fewer than {counted(task.min_frames, 'frame')}: left out.")
     return dataclasses.replace(split, indices=indices)
 
 

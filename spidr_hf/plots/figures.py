@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 
 from ..evaluation.phones import Phones
 from ..system.files import replaced_file
+from ..system.messages import counted
 from .curves import DASHES, FAINT, INK, MARKERS, SERIES, chart, draw_losses, draw_perplexities, from_zero
 from .palette import COLOURS, HATCHED, ink_on, manners, merge_phones, phone_name, unit_colour
 
@@ -248,7 +249,7 @@ def matrix_figure(counts: np.ndarray, phones: Sequence[str], *, least_share: flo
         axes.set_xticks(range(len(used)), [str(unit) for unit in used[order]], rotation=90, fontsize=7, color=INK)
     else:
         axes.set_xticks([])
-    axes.set_xlabel(f"{len(used)} units, by the phone they most often lie on", color=INK)
+    axes.set_xlabel(f"{counted(len(used), 'unit')}, by the phone they most often lie on", color=INK)
     axes.set_title("Which phones units lie on", loc="left", fontsize=13, fontweight="bold", color=INK)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.01)

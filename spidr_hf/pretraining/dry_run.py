@@ -21,11 +21,12 @@ from ..data.open import open_source
 from ..data.sources import AudioSource, StreamedSource
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import AudioError, ConfigError
+from ..system.messages import counted, duration
 from ..system.processes import gather_all
 from ..training import trackers
 from ..training.checkpoints import Checkpoint, Checkpoints, begins_anew
 from ..training.folder_settings import CHANGED
-from ..training.planning import Line, Plan, duration, size
+from ..training.planning import Line, Plan, size
 from . import curves_picture, hub_push, loaders, memory, start, validation
 from .config import PretrainingConfig
 from .loaders import ExpectedBatches
@@ -159,8 +160,8 @@ def _timing(
     yield Line(
         "time",
         f"measured here: {pass_seconds:.2f} s for {audio:.1f} s of audio and {update_seconds:.2f} s to update; so "
-        f"{step:.2f} s per update of {world_size * accumulation * whole:.0f} s, {duration(step * left)} for "
-        f"{left} updates on {world_size} x {name}"
+        f"{step:.2f} s per update of {world_size * accumulation * whole:.0f} s, {duration(step * left, days=True)} for "
+        f"{counted(left, 'update')} on {world_size} x {name}"
         + (", compiling and loading left out" if device.type == "cuda" else ""),
     )
     if device.type == "cuda":
@@ -176,7 +177,7 @@ def published_times(config: PretrainingConfig) -> Iterator[Line]:
         return
     audio = config.data.max_batch_length / SAMPLING_RATE * config.optimizer.gradient_accumulation_steps
     share = audio / _PUBLISHED_SECONDS * config.optimizer.max_steps / _PUBLISHED_STEPS
-    hours = ", ".join(f"{duration(3600 * share * hours)} on {name}" for name, hours in _PUBLISHED.items())
+    hours = ", ".join(f"{duration(3600 * share * hours, days=True)} on {name}" for name, hours in _PUBLISHED.items())
     yield Line("time", f"at the speed of SpidR's own code (arXiv 2512.20308) on as many GPUs: {hours}")
 
 

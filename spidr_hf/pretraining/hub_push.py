@@ -19,6 +19,7 @@ from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.card import trained_card
 from ..hub_spidr import AUTO_MAP, save_code_files
 from ..system.errors import ConfigError
+from ..system.messages import counted
 from ..training.observers import Observer
 from ..training.planning import Line
 from .config import PretrainingConfig
@@ -67,7 +68,7 @@ class HubPush(Observer):
         """Upload the model of a complete checkpoint, as soon as there is time. Returns at once."""
         step = folder.name.removeprefix("step_")
         try:
-            self._enqueue(self._model_folder(folder, f"A checkpoint after {step} updates."), f"Step {step}")
+            self._enqueue(self._model_folder(folder, f"A checkpoint after {counted(step, 'update')}."), f"Step {step}")
         except OSError as error:
             logger.warning("%s is not pushed to %s: %s", folder, self.repo, error)
 

@@ -30,6 +30,7 @@ from ..data.sections import DataSection
 from ..data.sources import AudioSource, Skipped, StreamedSource
 from ..data.streaming import StreamedBatches
 from ..system.errors import AudioError, BatchingError
+from ..system.messages import counted, duration
 from ..system.processes import gather_all
 from ..system.shared_memory import free_shared_memory, local_processes, shortage
 from ..training.checkpoints import TrainerState
@@ -72,7 +73,7 @@ class EpochLoader:
             self.notes.append(note)
         # What was left out before any batch, of how many.
         self.scanned: tuple[Sequence[Skipped], int] = unusable(source, config.data, model)
-        self.amount = f"{self.sampler.hours:.1f} h of audio"
+        self.amount = f"{duration(self.sampler.seconds)} of audio"
 
     def __iter__(self) -> Iterator[Batch]:
         return map(_usable, self._loader)
@@ -109,9 +110,10 @@ class StreamLoader:
         processes, workers = len(before.get("ranks", ())), before.get("workers")
         if before and (processes, workers) != (world_size, self._workers):
             raise BatchingError(
-                f"This run streams its audio with {processes} processes of {workers} workers and cannot resume with "
-                f"{world_size} of {self._workers}: the order of the utterances depends on them. Start it as it was "
-                "(`data.num_workers` sets the workers), or begin another run from its weights (`run.init_ckpt`)."
+                f"This run streams its audio with {counted(processes, 'process')} of {counted(workers, 'worker')} and "
+                f"cannot resume with {world_size} of {self._workers}: the order of the utterances depends on them. "
+                "Start it as it was (`data.num_workers` sets the workers), or begin another run from its weights "
+                "(`run.init_ckpt`)."
             )
         own: dict[str, Any] = before["ranks"][rank] if before else {"taken": 0, "places": [None] * self._workers}
         self._taken, self._places = own["taken"], list(own["places"])
@@ -122,8 +124,9 @@ class StreamLoader:
         self.notes: list[str] = []
         if source.num_shards % self._streams:
             self.notes.append(
-                f"{source.name} has {source.num_shards} shards for {self._streams} streams, so some hear theirs more "
-                "often than others. Numbers of processes and workers that divide the shards avoid it."
+                f"{source.name} has {counted(source.num_shards, 'shard')} for {counted(self._streams, 'stream')}, so "
+                "some hear theirs more often than others. Numbers of processes and workers that divide the shards "
+                "avoid it."
             )
         self.scanned: tuple[Sequence[Skipped], int] = ((), 0)
         self.amount = f"the streamed data set {source.name}"
@@ -136,7 +139,8 @@ class StreamLoader:
             yield _usable(batch)
 
     def __str__(self) -> str:
-        return f"{self._source.name}: streamed, {self._source.num_shards} shards, {self._streams} streams"
+        shards = counted(self._source.num_shards, "shard")
+        return f"{self._source.name}: streamed, {shards}, {counted(self._streams, 'stream')}"
 
     def state(self) -> dict[str, Any]:
         """Where the streams of all processes stand. Every process must call it."""
@@ -212,9 +216,9 @@ def heard_note(sampler: BucketSampler, lengths: np.ndarray, data: DataSection) -
     if not longer:
         return None
     return (
-        f"an epoch hears {sampler.heard_share:.1%} of the audio: {longer} recordings are longer than "
-        f"`data.max_sample_size` ({data.max_sample_size / SAMPLING_RATE:g} s), and of each an epoch takes one crop. To "
-        "hear more, cut them into utterances, raise `data.max_sample_size`, or train for more epochs."
+        f"an epoch hears {sampler.heard_share:.1%} of the audio: {counted(longer, 'recording', 'is', 'are')} longer "
+        f"than `data.max_sample_size` ({data.max_sample_size / SAMPLING_RATE:g} s), and of each an epoch takes one "
+        "crop. To hear more, cut them into utterances, raise `data.max_sample_size`, or train for more epochs."
     )
 
 
@@ -226,7 +230,7 @@ def source_plan(source: AudioSource | StreamedSource, config: PretrainingConfig)
     yield from decoding_plan(source, config.data.max_skipped_share, "data")
     skipped, _ = unusable(source, config.data, config.model)
     if skipped:
-        yield Line(NOTE, f"{len(skipped)} files cannot be used; the first: {skipped[0].reason}")
+        yield Line(NOTE, f"{counted(len(skipped), 'file')} cannot be used; the first: {skipped[0].reason}")
 
 
 def workers_plan(data: DataSection) -> Iterator[Line]:
@@ -236,7 +240,8 @@ def workers_plan(data: DataSection) -> Iterator[Line]:
     processes, needed, free = local_processes(), shared_memory(data), free_shared_memory()
     yield Line(
         "workers",
-        f"{processes} process{'es' * (processes > 1)} x {data.num_workers} workers x {data.prefetch_factor} batches: "
+        f"{counted(processes, 'process')} x {counted(data.num_workers, 'worker')} x "
+        f"{counted(data.prefetch_factor, 'batch')}: "
         f"{size(needed)} of shared memory at most" + ("" if free is None else f", {size(free)} free"),
     )
     if problem := shortage(needed):
@@ -258,14 +263,14 @@ def plan(
     masked = per_update * batches.masked
     yield Line(
         "update",
-        f"{world_size} process{'es' * (world_size > 1)} x {accumulation} batch{'es' * (accumulation > 1)} of "
-        f"{batches.seconds:.1f} s ({batches.utterances:.0f} utterances): {per_update * batches.seconds:.0f} s of "
-        f"audio, {masked:.0f} masked frames, {masked / config.model.codebook_size:.1f} for each codeword of a codebook",
+        f"{counted(world_size, 'process')} x {counted(accumulation, 'batch')} of {duration(batches.seconds)} "
+        f"({counted(round(batches.utterances), 'utterance')}): {duration(per_update * batches.seconds)} of audio, "
+        f"{masked:.0f} masked frames, {masked / config.model.codebook_size:.1f} for each codeword of a codebook",
     )
     yield Line(
         "schedule",
-        f"{optimizer.max_steps} updates = {optimizer.max_steps / sampler.updates_per_epoch():.1f} epochs = "
-        f"{optimizer.max_steps * per_update * batches.seconds / 3600:.0f} h of audio heard; lr {optimizer.lr:g}, "
+        f"{counted(optimizer.max_steps, 'update')} = {optimizer.max_steps / sampler.updates_per_epoch():.1f} epochs = "
+        f"{duration(optimizer.max_steps * per_update * batches.seconds)} of audio heard; lr {optimizer.lr:g}, "
         f"{optimizer.scheduler}",
     )
     SkippedFiles(None, config.data.max_skipped_share).add(*unusable(source, config.data, config.model))
@@ -283,12 +288,12 @@ def decoding_plan(source: AudioSource, max_share: float, topic: str) -> Iterator
     seconds = time.perf_counter() - start
     if failures:
         too_many = len(failures) > max_share * len(indices) or len(failures) == len(indices)
-        text = f"{len(failures)} of {len(indices)} files tried cannot be used. The first: {failures[0]}"
+        text = f"{counted(len(failures), 'file', of=len(indices))} tried cannot be used. The first: {failures[0]}"
         yield Line(PROBLEM if too_many else NOTE, text)
     if samples:
         yield Line(
             topic,
-            f"{len(indices) - len(failures)} of {len(indices)} files tried can be read, "
+            f"{counted(len(indices) - len(failures), 'file', of=len(indices))} tried can be read, "
             f"{samples / SAMPLING_RATE / seconds:.0f} s of audio per second in one process",
         )
 

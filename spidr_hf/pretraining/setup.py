@@ -26,6 +26,7 @@ from ..modeling_spidr import SpidrForPretraining
 from ..modeling_spidr_pretraining import SpidrForPretrainingOutput
 from ..system.errors import ConfigError, RunFolderError
 from ..system.files import replaced_folder
+from ..system.messages import counted
 from ..training.checkpoints import Checkpoint, whole_copies
 from ..training.optimizing import LossScale, drop_frozen, scale_and_clip
 from ..training.schedules import FREEZABLE, OptimizerSection
@@ -199,7 +200,7 @@ class Learner:
         self.notes += choose_code(model, config, accelerator, compiled)
         if sharding := sharding_plugin(accelerator):
             shard(model, sharding)
-            self.notes.append(f"The model lies in shards on {accelerator.num_processes} processes (FSDP2).")
+            self.notes.append(f"The model lies in shards on {counted(accelerator.num_processes, 'process')} (FSDP2).")
         self.optimizer = make_optimizer(model, config.optimizer)
         scale = checkpoint.state.loss_scale if checkpoint else None
         self.loss_scale = LossScale(config.optimizer.dtype == "float16", scale)

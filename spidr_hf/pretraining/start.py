@@ -29,6 +29,7 @@ from ..hub.spidr_names import architecture_differences, to_model_section, to_spi
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError
 from ..system.files import write_text
+from ..system.messages import counted
 from ..system.processes import RunLock, lock
 from ..system.tables import read_table
 from ..training.checkpoints import MODEL_FILE, Checkpoint, Checkpoints, TrainerState, agree, begins_anew, set_aside
@@ -96,15 +97,16 @@ class Run:
         """From now on, signals and Ctrl-C ask the run to save and stop."""
         return StopSignal(self.accelerator.device, folders=[self.checkpoints.folder, self.output_dir])
 
-    def end(self, learner: Learner, summary: str) -> Path | None:
-        """Leave the model of a run that is finished in `final`, with a summary in its card; then let go of the folder,
-        the trackers and the other processes. Every process calls it. Returns the model's folder, None where the run is
-        not finished."""
+    def end(self, learner: Learner, data: str) -> Path | None:
+        """Leave the model of a run that is finished in `final`, whose card says on what `data` it was trained; then let
+        go of the folder, the trackers and the other processes. Every process calls it. Returns the model's folder,
+        None where the run is not finished."""
         finished, final = self.state.step >= self.config.optimizer.max_steps, self.output_dir / "final"
         whole = whole_model(self.model, keep=self._lock is not None) if finished else None
         if self._lock is not None:
             self.checkpoints.wait()
             if whole is not None:
+                summary = f"Pretrained for {counted(self.state.step, 'update')} on {data}."
                 save_final(whole, final, self.config, summary)
             self._lock.release()
         self.accelerator.wait_for_everyone()
@@ -251,8 +253,8 @@ def complete_note(output_dir: Path, config: PretrainingConfig, checkpoint: Check
             return None
     changes = config_changes(output_dir, config, checkpoint)
     return (
-        f"{output_dir} is complete: {step} updates are made, and {output_dir / 'final'} is their model. All is left as "
-        "it is; a larger optimizer.max_steps continues the run."
+        f"{output_dir} is complete: {counted(step, 'update', 'is', 'are')} made, and {output_dir / 'final'} is their "
+        "model. All is left as it is; a larger optimizer.max_steps continues the run."
         + (f" Of no effect, therefore: {', '.join(changes)}." if changes else "")
     )
 
@@ -278,8 +280,8 @@ def plan(config: PretrainingConfig, output_dir: Path, running: bool) -> Iterator
     there = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file()) if running else 0
     yield Line(
         "disk",
-        f"{written} checkpoints of {size(each)}, {'all' if kept < 0 else kept} kept: {size(needed)} at most; "
-        f"{size(free)} free at {existing}",
+        f"{counted(written, 'checkpoint')} of {size(each)}, {'all' if kept < 0 else kept} kept: {size(needed)} at "
+        f"most; {size(free)} free at {existing}",
     )
     if needed > free + there:
         yield Line(

@@ -37,6 +37,7 @@ from ..evaluation.phones import cluster_purity, count_pairs, phone_purity, phone
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import AudioError, ConfigError
+from ..system.messages import counted
 from ..system.names import find_names
 from ..system.processes import gather_all
 from ..training.planning import NOTE, PROBLEM, Line
@@ -166,11 +167,12 @@ class ValidationSet:
         kept = np.flatnonzero(lengths >= self.min_samples)
         if not len(kept):
             raise ConfigError(
-                f"[validation.{name}]: none of the {len(lengths)} utterances of {data.manifest} has the "
+                f"[validation.{name}]: {counted(0, 'utterance', of=len(lengths))} of {data.manifest} have the "
                 f"{self.min_samples} samples of `min_sample_size`."
             )
         if len(kept) < len(lengths):
-            self._note(f"{len(lengths) - len(kept)} of {len(lengths)} utterances are too short and left out")
+            short = len(lengths) - len(kept)
+            self._note(f"{counted(short, 'utterance', 'is', 'are', of=len(lengths))} too short and left out")
         crops = np.minimum(lengths[kept], data.max_sample_size)
         self.batches = [kept[batch] for batch in batches_by_length(crops, data.max_batch_length)]
         self.num_utterances = len(kept)
@@ -354,19 +356,22 @@ class ValidationSet:
                 f"({next(iter(names))!r})." + (f" {unusable[0]}" if unusable else "")
             )
         if missing:
-            self._note(f"{len(missing)} of {len(names)} utterances have no alignment: {missing[0]}, for example")
+            self._note(
+                f"{counted(len(missing), 'utterance', 'has', 'have', of=len(names))} no alignment: {missing[0]}, for "
+                "example"
+            )
         if unusable:
-            self._note(f"{len(unusable)} alignments cannot be used; {unusable[0]}")
+            self._note(f"{counted(len(unusable), 'alignment')} cannot be used; {unusable[0]}")
         return phones
 
     def _check_skipped(self, skipped: Sequence[Skipped]) -> None:
         if len(skipped) == self.num_utterances or len(skipped) > self.data.max_skipped_share * self.num_utterances:
             raise AudioError(
-                f"[validation.{self.name}]: {len(skipped)} of {self.num_utterances} utterances cannot be used. The "
-                f"last: {skipped[-1].reason}"
+                f"[validation.{self.name}]: {counted(len(skipped), 'utterance', of=self.num_utterances)} cannot be "
+                f"used. The last: {skipped[-1].reason}"
             )
         if skipped:
-            self._note(f"{len(skipped)} utterances cannot be used; the last: {skipped[-1].reason}")
+            self._note(f"{counted(len(skipped), 'utterance')} cannot be used; the last: {skipped[-1].reason}")
 
     def _note(self, text: str) -> None:
         self._notes.setdefault(text, False)
@@ -410,14 +415,14 @@ def plan(config: PretrainingConfig) -> Iterator[Line]:
             continue
         yield from decoding_plan(validation.source, section.max_skipped_share, "validation")
         phones = "phones known" if section.alignments_path else "phones not known"
-        yield Line("validation", f"{name}: {validation.num_utterances} utterances, {phones}")
+        yield Line("validation", f"{name}: {counted(validation.num_utterances, 'utterance')}, {phones}")
         for note in validation.new_notes():
             yield Line(NOTE, f"[validation.{name}]: {note}.")
     interval = config.run.validate_interval
     if config.validation and not interval:
         yield Line("validation", "by `examples/validate.py --run-dir DIR --watch`, beside the run")
     elif config.validation:
-        yield Line("validation", f"by the training processes, every {interval} updates")
+        yield Line("validation", f"by the training processes, every {counted(interval, 'update')}")
     elif interval:
         yield Line(PROBLEM, f"`run.validate_interval` is {interval}, and there is no section [validation.<name>].")
 

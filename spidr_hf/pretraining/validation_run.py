@@ -27,6 +27,7 @@ from ..hub.card import add_results, evaluation_results
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError
 from ..system.files import write_text
+from ..system.messages import counted
 from ..system.processes import gather_all, lock
 from ..system.tables import json_lines, known_table
 from ..training.checkpoints import MODEL_FILE, STATE_FILE, Checkpoints
@@ -242,7 +243,7 @@ class RunFollower:
         names = ", ".join(validation.name for validation in self.sets)
         if not (folders := self.folders()):
             return f"{self.run_dir} has no checkpoint yet."
-        return f"all {len(folders)} checkpoints of {self.run_dir} are validated on {names} or were passed over."
+        return f"of {counted(len(folders), 'checkpoint')} in {self.run_dir}, none is left to validate on {names}."
 
     def finished(self) -> bool:
         """Whether training has reached the last step of its (present) config and left its model."""

@@ -1,5 +1,6 @@
-"""What every command has in common: how it ends, with one line and a status, and whose attention runs on a GPU."""
+"""What every command has in common: its help, how it ends, with one line, and whose attention runs on a GPU."""
 
+import argparse
 import errno
 import logging
 import os
@@ -20,6 +21,24 @@ from .processes import contact_lost, die_with_launcher, kill_workers
 from .shared_memory import worker_lost
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help of a command: the description as it is written, and behind every option its default.
+
+    Where leaving it out means more than doing without, as with None for "all", its own help says "default: ...".
+    """
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if not action.option_strings or action.nargs == 0 or action.required or "default:" in text:
+            return text
+        if isinstance(default, (list, tuple)):
+            default = " ".join(map(str, default))
+        elif isinstance(default, float):
+            default = f"{default:g}"
+        said = f"default: {'none' if default in (None, '') else default}".replace("%", "%%")
+        return f"{text} ({said})" if text else said
 
 
 @contextmanager
@@ -123,4 +142,12 @@ def training_command() -> Iterator[None]:
         end("Interrupted before the first step. The same command starts again.")
 
 
-__all__ = ["clear_errors", "describe", "end", "training_command", "user_path", "without_cudnn_attention"]
+__all__ = [
+    "HelpFormatter",
+    "clear_errors",
+    "describe",
+    "end",
+    "training_command",
+    "user_path",
+    "without_cudnn_attention",
+]

@@ -44,6 +44,37 @@ def one_line(message: Any, longest: int = _LONGEST_LINE) -> str:
     return _cut(_printable(_LINE_END.sub(" ", _cut(text, 10 * longest)).strip()), longest)
 
 
+def counted(number: int, noun: str, one: str = "", many: str = "", *, of: int | None = None) -> str:
+    """A number of things as a message says it: "1 update", "2 batches", "1 of 7 files is", "3 of 7 files are".
+
+    Args:
+        noun: What is counted, in the singular; its plural has -s, -es after a hiss, -ries for -ry.
+        one, many: The verb after one thing, and after any other number of them.
+        of: How many there are in all.
+    """
+    things = number if of is None else of
+    if things != 1 and noun.endswith("ry"):
+        noun = f"{noun[:-1]}ies"
+    elif things != 1:
+        noun += "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    verb = one if number == 1 else many
+    return f"{number}{'' if of is None else f' of {of}'} {noun}{verb and ' '}{verb}"
+
+
+def duration(seconds: float, *, days: bool = False) -> str:
+    """A length of audio or time in the unit that suits it: "0.40 s", "36 s", "2.5 min", "40 min", "3.2 h", "960 h".
+
+    `days`: from 72 hours on it is one of days.
+    """
+    seconds = float(seconds)  # numpy's truth values do not add up to two
+    if days and seconds >= 72 * 3600:
+        return f"{seconds / 86400:.1f} days"
+    if seconds < 120:
+        return f"{seconds:.{(seconds < 10) + (seconds < 1)}f} s"
+    size, unit = (seconds / 60, "min") if seconds < 7200 else (seconds / 3600, "h")
+    return f"{size:.{int(size < 10)}f} {unit}"
+
+
 def warn_once(kind: str, message: str) -> None:
     """A warning, of which this process needs one of its kind."""
     if kind not in WARNED:
@@ -88,4 +119,4 @@ def _cut(text: str, longest: int) -> str:
     return f"{text[:start]}... ({len(text) - longest} more characters) ...{text[start - longest :]}"
 
 
-__all__ = ["end_bars", "log_above_bars", "one_line", "shown", "warn_once"]
+__all__ = ["counted", "duration", "end_bars", "log_above_bars", "one_line", "shown", "warn_once"]

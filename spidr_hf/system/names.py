@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
+from .messages import counted
+
 
 def match_names(
     names: Collection[str], known: Collection[str], what: str = "alignment"
@@ -20,11 +22,12 @@ def match_names(
     matches = {name: candidates[0] for name, candidates in found.items() if len(candidates) == 1}
     if names and not matches:
         name, candidates = next(iter(found.items()))
-        several = f"{len(candidates)} {what}s match {name!r}, {candidates[0]!r} for one" if candidates else None
+        several = f"{counted(len(candidates), what)} match {name!r}, {candidates[0]!r} for one" if candidates else None
         example = f", {next(iter(known))!r} for one" if known else ""
         raise ValueError(
-            f"{several or f'There is no {what} for {name!r}'} (one of {len(names)} utterances; {len(known)} "
-            f"{what}s{example}). Both must have the same names: a path, or what it ends in where that is unique."
+            f"{several or f'There is no {what} for {name!r}'} (one of {counted(len(names), 'utterance')}; "
+            f"{counted(len(known), what)}{example}). Both must have the same names: a path, or what "
+            "it ends in where that is unique."
         )
     return matches, [name for name in names if name not in matches]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .messages import one_line, shown
+from .messages import counted, one_line, shown
 
 Row = TypeVar("Row")
 # What taking a row to pieces raises where it is no such row.
@@ -196,7 +196,8 @@ def csv_rows(
     for number, cells in itertools.islice(_csv_lines(path, delimiter), 1, None):
         if cells and len(cells) != len(columns):
             raise ValueError(
-                f"{shown(path)}, line {number} has {len(cells)} cells, the first line {len(columns)} columns."
+                f"{shown(path)}, line {number} has {counted(len(cells), 'cell')}, the first line "
+                f"{counted(len(columns), 'column')}."
             )
         if cells:
             yield number, dict(zip(columns, cells, strict=True))

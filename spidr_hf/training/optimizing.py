@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..system.errors import RunFolderError
+from ..system.messages import counted
 from .checkpoints import TrainerState
 from .sharding import global_norm, local_shard
 
@@ -96,8 +97,8 @@ class UpdateGuard:
         self.say(f"Step {step}: {numbers}. The update is skipped ({state.skipped_steps} so far).")
         if state.nonfinite_in_a_row >= self.limit:
             raise RunFolderError(
-                f"{state.nonfinite_in_a_row} updates in a row had a non-finite loss or gradient, the last at step "
-                f"{step} ({numbers}). {self.remedy}"
+                f"{counted(state.nonfinite_in_a_row, 'update')} in a row had a non-finite loss or gradient, the last "
+                f"at step {step} ({numbers}). {self.remedy}"
             )
         return False
 

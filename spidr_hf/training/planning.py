@@ -66,13 +66,4 @@ def size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def duration(seconds: float) -> str:
-    """A time for people."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.0f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} days"
-
-
-__all__ = ["NOTE", "PROBLEM", "Line", "Plan", "duration", "size"]
+__all__ = ["NOTE", "PROBLEM", "Line", "Plan", "size"]

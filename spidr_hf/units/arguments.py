@@ -17,6 +17,7 @@ from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.loading import DTYPES
 from ..system.commands import user_path
 from ..system.errors import NonFiniteError
+from ..system.messages import counted
 from .extraction_run import Shard, run_extraction
 from .extractor import CONTEXT_SECONDS, WINDOW_SECONDS, Extractor, Outputs
 from .stores import LAYOUTS, LENGTHS_FILE, Layout, Store
@@ -38,13 +39,15 @@ def add_data_arguments(parser: argparse.ArgumentParser, out_dir: str, data: str 
     parser.add_argument("data", metavar="DATA", help=f"{data}: {kinds}" if data else kinds)
     parser.add_argument("out_dir", metavar="OUT_DIR", type=user_path, help=out_dir)
     parser.add_argument("--resample", action="store_true", help="take audio of any rate and number of channels")
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub (default: the main branch)")
 
 
 def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `extract_features.py` and `extract_units.py`."""
     add_data_arguments(parser, "where results go, a folder per layer")
-    parser.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help="layers, counted from 1")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", metavar="LAYER", help="layers, counted from 1 (default: all that there are)"
+    )
     group = parser.add_argument_group("files")
     group.add_argument("--layout", choices=LAYOUTS, default="plain", help="names that other tools expect (see above)")
     group.add_argument("--language", help="ISO 639-3 code, for --layout discophon")
@@ -58,7 +61,7 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", *sorted(DTYPES)],
         default="float32",
         help="what the model computes in; auto: bfloat16 where the processor or GPU has it in hardware, which moves a "
-        "few units (default: %(default)s)",
+        "few units",
     )
     group.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
     group.add_argument("--batch-seconds", type=float, help="audio per batch (default: 60; 600 on a GPU)")
@@ -66,22 +69,22 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
         "--window-seconds",
         type=float,
         default=WINDOW_SECONDS,
-        help="longer recordings are computed in windows of about this length that overlap (default: %(default)g)",
+        help="longer recordings are computed in windows of about this length that overlap",
     )
     group.add_argument(
         "--context-seconds",
         type=float,
         default=CONTEXT_SECONDS,
-        help="what is discarded beside every neighbouring window (default: %(default)g)",
+        help="what is discarded beside every neighbouring window",
     )
     group.add_argument(
         "--shard",
         type=parse_shard,
         metavar="I/N",
         help="compute one of N parts (1/N to N/N, or 0/N to N-1/N), as several jobs; the last one writes the files. "
-        "slurm: the part that SLURM_ARRAY_TASK_ID says",
+        "slurm: the part that SLURM_ARRAY_TASK_ID says (default: all of it)",
     )
-    group.add_argument("--threads", type=int, default=2, help="files decoded at a time (default: %(default)s)")
+    group.add_argument("--threads", type=int, default=2, help="files decoded at a time")
 
 
 def parse_shard(text: str) -> Shard:
@@ -157,7 +160,7 @@ def extract_to(
         if summary.not_finite:
             first = summary.not_finite[0]
             raise NonFiniteError(
-                f"{len(summary.not_finite)} utterances gave no finite results and were skipped; the first, "
+                f"{counted(len(summary.not_finite), 'utterance')} without finite results skipped; the first, "
                 f"{first.fileid}: {first.reason}"
             )
 
@@ -168,14 +171,15 @@ def report(summary: Any) -> None:
     if summary.skipped:
         first = summary.skipped[0]
         print(
-            f"{len(summary.skipped)} files skipped (see skipped.jsonl); the first, {first.fileid}: {first.reason}",
+            f"{counted(len(summary.skipped), 'file')} skipped (see skipped.jsonl); the first, {first.fileid}: "
+            f"{first.reason}",
             file=sys.stderr,
         )
     if summary.lengths:
         name, said, there = summary.lengths[0]
         print(
-            f"{len(summary.lengths)} files are not as long as DATA says (see {LENGTHS_FILE}); the first, {name}: "
-            f"{there} samples instead of {said}. What is there was used; write the manifest anew.",
+            f"{counted(len(summary.lengths), 'file', 'is', 'are')} not as long as DATA says (see {LENGTHS_FILE}); the "
+            f"first, {name}: {there} samples instead of {said}. What is there was used; write the manifest anew.",
             file=sys.stderr,
         )
     for path in summary.files:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..data.sources import AudioSource, Skipped
 from ..system.errors import RunFolderError
 from ..system.files import naming, write_text
+from ..system.messages import counted
 from ..system.processes import RunLock
 from ..system.tables import json_lines
 from .extractor import Extractor, Throughput, extract, plan_batches
@@ -50,11 +51,11 @@ class Summary:
     waiting: int = 0
 
     def __str__(self) -> str:
-        text = f"{self.computed} utterances computed ({self.throughput})"
+        text = f"{counted(self.computed, 'utterance')} computed ({self.throughput})"
         if self.found:
-            text += f", {self.found} were there before"
+            text += f", {self.found} there before"
         if self.waiting:
-            text += f"; {self.waiting} are left to other shards, the last of which writes the files"
+            text += f"; {self.waiting} left to other shards, the last of which writes the files"
         return text
 
 
@@ -259,7 +260,7 @@ def _finish(
     if len(skipped) == len(store.names):
         _clear(folder)
         fileid, reason = next(iter(skipped.values()))
-        raise ValueError(f"None of the {len(skipped)} utterances can be used; the first, {fileid}: {reason}")
+        raise ValueError(f"{counted(0, 'utterance', of=len(skipped))} can be used; the first, {fileid}: {reason}")
     files = store.finish()
     # In the order of the data, however many processes found them.
     all_skipped = [*source.skipped, *(skipped[fileid] for fileid in store.fileids if fileid in skipped)]

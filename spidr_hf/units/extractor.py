@@ -27,6 +27,7 @@ from ..data.batching import batches_by_length, read_ahead
 from ..data.sources import AudioSource, Skipped
 from ..objectives_spidr import get_objective
 from ..system.errors import AudioError, NonFiniteError
+from ..system.messages import counted, duration
 
 WINDOW_SECONDS = 60.0
 CONTEXT_SECONDS = 2.0
@@ -246,7 +247,8 @@ class Extractor:
         """The waveform (S samples) as the model gets it, float32. Raises `ValueError` for what cannot be used."""
         if len(waveform) < self.receptive_field:
             raise AudioError(
-                f"{len(waveform)} samples are too short: one frame needs {self.receptive_field}. Leave it out."
+                f"{counted(len(waveform), 'sample', 'is', 'are')} too short: one frame needs {self.receptive_field}. "
+                "Leave it out."
             )
         if len(waveform) <= BLOCK or waveform.dtype != np.float32 or not self.feature_extractor.do_normalize:
             values = self.feature_extractor(waveform, sampling_rate=_SAMPLING_RATE)["input_values"][0]
@@ -287,7 +289,7 @@ class Extractor:
                 advice = "the model's weights or the centroids are damaged: get them again."
                 if self.model.dtype == torch.float16:
                     advice = "float16 has no such large numbers: --dtype bfloat16 has (or the weights are damaged)."
-                return f"Layer {layer} is not finite (NaN or infinity) in {bad} of {len(x)} frames: {advice}"
+                return f"Layer {layer} is not finite (NaN or infinity) in {counted(bad, 'frame', of=len(x))}: {advice}"
         return None
 
     def results(self, waveforms: Sequence[np.ndarray]) -> list[dict[int, Tensor]]:
@@ -420,7 +422,7 @@ class Throughput:
 
     def __str__(self) -> str:
         elapsed = max(time.perf_counter() - self.start, 1e-9)
-        return f"{self.seconds / 60:.1f} min of audio in {elapsed:.0f} s: {self.seconds / elapsed:.0f} s per second"
+        return f"{duration(self.seconds)} of audio in {duration(elapsed)}: {self.seconds / elapsed:.0f} s per second"
 
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..system.errors import NonFiniteError
 from ..system.files import replaced_file
-from ..system.messages import one_line, shown
+from ..system.messages import counted, one_line, shown
 from ..system.tables import parse_table
 
 _FORMAT = "spidr_hf k-means"
@@ -133,7 +133,7 @@ class FeatureFiles(Mapping[str, Tensor]):
         self._paths = {file.relative_to(folder).as_posix().removesuffix(self.suffix): file for file in files}
         if missing := sorted(set(needed) - set(self._paths)):
             raise ValueError(
-                f"{folder} has no features for {len(missing)} of {len(set(needed))} files, for example "
+                f"{folder} has no features for {counted(len(missing), 'file', of=len(set(needed)))}, for example "
                 f"{missing[0]}{self.suffix}."
             )
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, SequenceFeatureExtractor
 
 from .. import __version__
 from ..system.files import replaced_file, write_text
-from ..system.messages import one_line, shown
+from ..system.messages import counted, one_line, shown
 from ..system.tables import json_lines, known_table
 from .extractor import Extractor, unit_layers, unit_outputs
 
@@ -267,7 +267,7 @@ def unit_files(path: Path) -> dict[int | None, Path]:
     for folder in sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)):
         found = sorted(path for suffix in UNIT_SUFFIXES for path in folder.glob(f"units*{suffix}"))
         if len(found) > 1:
-            raise ValueError(f"{folder} holds {len(found)} files of units: give one of them.")
+            raise ValueError(f"{folder} holds {counted(len(found), 'file')} of units: give one of them.")
         if found:
             files[int(folder.name)] = found[0]
     if not files:

@@ -183,7 +183,7 @@ def test_batches_are_those_of_the_recorded_run():
 
 
 def test_it_says_what_it_has():
-    assert str(sampler([16_000] * 225 + [100])) == "225 utterances, 1 too short, 0.06 h; 19 updates per epoch"
+    assert str(sampler([16_000] * 225 + [100])) == "225 utterances, 1 too short, 3.8 min; 19 updates per epoch"
 
 
 def test_the_share_of_the_audio_that_an_epoch_hears():

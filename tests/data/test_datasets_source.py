@@ -145,7 +145,7 @@ def test_other_rates(data):
 def test_what_is_no_audio(data, tmp_path):
     with pytest.raises(ManifestError, match="no column of the type Audio, only id, text"):
         DatasetSource(data.remove_columns("audio"), progress=False)
-    with pytest.raises(ManifestError, match="none of its 1 rows"):
+    with pytest.raises(ManifestError, match="0 of 1 row hold audio"):
         DatasetSource(data.select([2]), progress=False)
     with pytest.raises(ManifestError, match="name:config:split"):
         open_dataset("a:b:c:d")
@@ -237,7 +237,7 @@ def test_units_of_a_data_set(model, data, tmp_path):
         run_command("extract_units", model, tmp_path / "saved", tmp_path / "out"), "splits train, test", "saved::train"
     )
     done = run_command("extract_units", model, f"{tmp_path / 'saved'}::train", tmp_path / "out", "--layers", 4)
-    assert done.status == 0 and "1 files skipped" in done.err, done.err
+    assert done.status == 0 and "1 file skipped" in done.err, done.err
     lines = (tmp_path / "out" / "4" / "units.jsonl").read_text().splitlines()
     assert [json.loads(line)["file"] for line in lines] == ["a-1", "a-2", "b-1"]
 

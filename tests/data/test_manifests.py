@@ -193,7 +193,7 @@ def test_bad_folders_and_tars_say_what_is_wrong(tmp_path):
     with pytest.raises(ManifestError, match="no audio files"):
         open_manifest(tmp_path / "empty")
     (tmp_path / "empty" / "a.wav").write_text("no audio")
-    with pytest.raises(ManifestError, match=r"none of its 1 audio files can be used; the first: .*a\.wav"):
+    with pytest.raises(ManifestError, match=r"0 of 1 audio file can be used; the first: .*a\.wav"):
         open_manifest(tmp_path / "empty", progress=False)
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as archive:
         archive.add(tmp_path / "empty" / "a.wav")
@@ -443,7 +443,7 @@ def test_tars_behind_one_another(two):
     (two / "damaged.tar").write_bytes(content[:20_480] + b"no tar" * 200 + content[20_480:])
     (two / "short.tar").write_bytes(content[: len(content) // 2])
     for name in ("damaged.tar", "short.tar"):
-        with pytest.raises(ManifestError, match=r"cut off or damaged behind its first \d+ files"):
+        with pytest.raises(ManifestError, match=r"cut off or damaged behind \d+ files?"):
             scan_tar(two / name, progress=False)
 
 

@@ -17,6 +17,7 @@ from spidr_hf.data.open import open_data
 from spidr_hf.data.sections import DataSection, MaskingSection
 from spidr_hf.pretraining.config import load_config, make_config
 from spidr_hf.system.errors import ConfigError, ManifestError
+from spidr_hf.system.messages import duration
 
 MODEL = tiny_config()
 START = Position()
@@ -85,12 +86,12 @@ def test_broken_weights_come_evenly_over_the_epochs(sources, weight):
         assert all(abs(count - weight * (epoch + 1)) < 1 for count in counts.values())
 
 
-def test_the_share_of_the_audio_is_weight_times_hours(sources):
+def test_the_share_of_the_audio_is_weight_times_length(sources):
     source = mixed(sources, 1, 2.5)
-    hours = [entry.num_samples.sum() / 16_000 / 3600 for entry in sources]
-    assert make_sampler(source, DATA, MODEL).hours == pytest.approx(hours[0] + 2.5 * hours[1])
-    share = 2.5 * hours[1] / (hours[0] + 2.5 * hours[1])
-    assert source.describe()[1] == f"b: 8 utterances, {hours[1]:.2f} h, weight 2.5, so {share:.1%} of all"
+    seconds = [entry.num_samples.sum() / 16_000 for entry in sources]
+    assert make_sampler(source, DATA, MODEL).seconds == pytest.approx(seconds[0] + 2.5 * seconds[1])
+    share = 2.5 * seconds[1] / (seconds[0] + 2.5 * seconds[1])
+    assert source.describe()[1] == f"b: 8 utterances, {duration(seconds[1])}, weight 2.5, so {share:.1%} of all"
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 2), (4, 1)])
@@ -157,7 +158,7 @@ def test_open_data_takes_a_list_and_keeps_each_scan(folders, tmp_path):
 def test_bad_mixtures_are_named(sources):
     with pytest.raises(ManifestError, match=r"a is named twice.*weight of 2"):
         MixedSource(sources, ["a", "a"])
-    with pytest.raises(ManifestError, match="2 sources have 1 weights"):
+    with pytest.raises(ManifestError, match="2 sources have 1 weight:"):
         MixedSource(sources, ["a", "b"], [1])
     with pytest.raises(ManifestError, match="positive number, got 0"):
         MixedSource(sources, ["a", "b"], [0, 1])

@@ -180,7 +180,7 @@ def test_another_layout_is_refused(folder):
     state = loader(config(folder)).state()
     trained = TrainerState(stream=json.loads(json.dumps(state)))
     for settings, layout in ((config(folder), {"world_size": 2}), (config(folder, num_workers=3), {})):
-        with pytest.raises(BatchingError, match="streams its audio with 1 processes of 1 workers and cannot resume"):
+        with pytest.raises(BatchingError, match="streams its audio with 1 process of 1 worker and cannot resume"):
             loader(settings, trained, **layout)
     # Other audio begins at its beginning.
     trained.stream["data"] = "other"

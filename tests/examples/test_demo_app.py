@@ -340,7 +340,7 @@ def test_bad_uploads_get_a_message(page, files):
         "text.wav": "text.wav is no audio file",
         "empty.wav": "empty.wav is empty",
         "short.wav": "short.wav is too short: 6.25 ms",
-        "hour.flac": "hour.flac is 60 minutes long",
+        "hour.flac": "hour.flac is 60 min long",
     }.items():
         page.upload("A", files / name)
         assert page.wait("#view-A [role=alert]", message)

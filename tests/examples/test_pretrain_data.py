@@ -98,7 +98,7 @@ def test_a_mixed_run_resumes_where_it_stopped(pretrain, audio, tmp_path, capsys)
         (second / path.name).write_bytes(path.read_bytes())
     mixture = ["--data.manifest", json.dumps([str(audio), str(second)]), "--data.weights", "[0.5, 2]"]
     whole = pretrain("whole", *mixture)
-    assert f"{second}: 6 utterances, 0.00 h, weight 2, so " in capsys.readouterr().err
+    assert f"{second}: 6 utterances, 2.1 s, weight 2, so " in capsys.readouterr().err
     pretrain("cut", *mixture, "--optimizer.max_steps=7")
     assert_same_run(pretrain("cut", *mixture), whole)
     other = pretrain("other", *mixture[:-1], "[1, 2]")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spidr_hf.system.messages import one_line, shown
+from spidr_hf.system.messages import counted, duration, one_line, shown
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,27 @@ def test_whole_messages() -> None:
     assert one_line("one\n  two  three\r\n") == "one two  three"
     assert one_line(ValueError("a\x1b[0m")) == r"a\x1b[0m"
     assert len(one_line("word " * 10**6)) < 2100
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        (counted(1, "update"), "1 update"),
+        (counted(0, "update"), "0 updates"),
+        (counted(2, "batch"), "2 batches"),
+        (counted(1, "process"), "1 process"),
+        (counted(1, "utterance", "has", "have", of=7), "1 of 7 utterances has"),
+        (counted(0, "file", "is", "are", of=1), "0 of 1 file are"),
+        (duration(0.4), "0.40 s"),
+        (duration(2.1), "2.1 s"),
+        (duration(36), "36 s"),
+        (duration(119.4), "119 s"),
+        (duration(229), "3.8 min"),
+        (duration(1200), "20 min"),
+        (duration(7200), "2.0 h"),
+        (duration(960.98 * 3600), "961 h"),
+        (duration(80 * 3600, days=True), "3.3 days"),
+    ],
+)
+def test_counts_and_lengths(said: str, text: str) -> None:
+    assert said == text

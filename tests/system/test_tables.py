@@ -109,7 +109,7 @@ def test_csv(tmp_path):
     ]
     for content, message in (
         (b"a,a\n1,2\n", "line 1: the column 'a' is there more than once"),
-        (b"a,b\n1,2\n1\n", "line 3 has 1 cells, the first line 2 columns"),
+        (b"a,b\n1,2\n1\n", "line 3 has 1 cell, the first line 2 columns"),
         (b"a,b\n" + b"x" * 200_000 + b",1\n", "line 2 cannot be read as CSV"),
         (b"a,b\n\xe9,1\n", "is no UTF-8 text"),
     ):

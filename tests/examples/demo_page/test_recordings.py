@@ -55,8 +55,8 @@ def test_any_rate_and_channels(tmp_path):
         (lambda path: soundfile.write(path, noise(100), RATE), "too short: 6.25 ms"),
         (lambda path: soundfile.write(path, noise(60 * 100 * 80), 100), "100 samples per second; 4000 to"),
         (lambda path: soundfile.write(path, noise(10), 2_000_000_011), "2000000011 samples per second"),
-        (lambda path: soundfile.write(path, noise(61 * RATE), RATE), "61 seconds long; at most 60 seconds"),
-        (lambda path: soundfile.write(path, noise(500 * 4_000), 4_000), "8 minutes long"),
+        (lambda path: soundfile.write(path, noise(61 * RATE), RATE), "61 s long; at most 60 seconds"),
+        (lambda path: soundfile.write(path, noise(500 * 4_000), 4_000), "8.3 min long"),
         (lambda path: path.unlink(missing_ok=True), "is not here any more"),
         (lambda path: soundfile.write(path, np.full(RATE, np.nan), RATE, subtype="FLOAT"), "is damaged"),
     ],
@@ -72,7 +72,7 @@ def test_bad_uploads_get_a_message(write, message, tmp_path):
 def test_an_hour_is_refused_without_being_decoded(tmp_path, monkeypatch):
     soundfile.write(tmp_path / "hour.flac", np.zeros(3_600 * RATE, np.int16), RATE)
     monkeypatch.setattr("spidr_hf.examples.demo_page.recordings.read_audio", lambda *_, **__: pytest.fail("decoded"))
-    with pytest.raises(AudioError, match=r"hour\.flac is 60 minutes long; at most 60 seconds can be shown"):
+    with pytest.raises(AudioError, match=r"hour\.flac is 60 min long; at most 60 seconds can be shown"):
         read_recording(tmp_path / "hour.flac")
 
 
