@@ -67,6 +67,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     with clear_errors():
+        if args.plot:  # what is missing is told before anything is computed
+            from spidr_hf.plots.figures import layer_figure, save_figure
         tokens = read_items(args.item, args.frequency)
         files = unit_files(args.features) if args.units else layer_folders(args.features)
         speakers = chosen_speakers(args.speaker, tokens)
@@ -103,8 +105,6 @@ def main() -> None:
                 shares = {f"{kind}_{speaker}": value / 100 for speaker, value in values.items()}
                 add_results(user_path(model), evaluation_results(shares, name, layer=layer))
         if args.plot:
-            from spidr_hf.plots.figures import layer_figure, save_figure
-
             if single:
                 raise ValueError("--plot draws curves over layers: give the folder above the layers' folders.")
             save_figure(layer_figure(scores, titles=("ABX error (%)",), chance=50), args.plot)

@@ -81,6 +81,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     with clear_errors():
+        if args.plot:  # what is missing is told before anything is computed
+            from spidr_hf.plots.figures import layer_figure, matrix_figure, save_figure
         step = args.alignment_step / 1000
         alignments = read_alignments(args.alignments, step=step, tier=args.tier)
         files = unit_files(args.units)
@@ -118,8 +120,6 @@ def main() -> None:
             for layer, values in scores.items():
                 add_results(user_path(model), evaluation_results(values, name, layer=layer))
         if args.plot:
-            from spidr_hf.plots.figures import layer_figure, matrix_figure, save_figure
-
             figure = matrix_figure(counts, names) if single else layer_figure(scores)
             save_figure(figure, args.plot)
         columns = list(next(iter(scores.values())))

@@ -81,6 +81,8 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Opens everything, trains, and prints the scores."""
+    import matplotlib  # noqa: F401 (what draws at the end is missed before the training)
+
     settings = settings_of(args)
     prepare_training_process()
     state = start_processes()

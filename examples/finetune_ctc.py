@@ -87,6 +87,9 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Opens everything, trains, and prints the error rates."""
+    import jiwer  # noqa: F401 (what scores and draws is missed before the training)
+    import matplotlib  # noqa: F401
+
     settings = settings_of(args)
     prepare_training_process()
     state = start_processes()

@@ -20,8 +20,6 @@ from spidr_hf.configuration_spidr import SAMPLING_RATE
 from spidr_hf.data.alignments import read_alignments
 from spidr_hf.data.open import open_data
 from spidr_hf.evaluation.phones import count_pairs
-from spidr_hf.plots.figures import save_figure, utterance_figure
-from spidr_hf.plots.palette import unit_colours
 from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
 from spidr_hf.system.messages import counted
 from spidr_hf.system.names import match_names
@@ -47,6 +45,9 @@ def main() -> None:
     parser.add_argument("--resample", action="store_true", help="take audio of any rate and number of channels")
     args = parser.parse_args()
     with clear_errors():
+        from spidr_hf.plots.figures import save_figure, utterance_figure
+        from spidr_hf.plots.palette import unit_colours
+
         source = open_data(args.data, resample=args.resample)
         files = unit_files(args.units)
         if missing := sorted(set(args.layers or ()) - set(files)):

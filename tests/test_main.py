@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,20 @@ from spidr_hf.conversion.sources import published
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ROOT / "tests" / "fixtures" / "options.json"
+# What a command may use, and this package does not require.
+OPTIONAL = (
+    "gradio",
+    "matplotlib",
+    "rapidfuzz",
+    "sklearn",
+    "scipy",
+    "jiwer",
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "kenlm",
+)
+OPTIONAL += ("pyctcdecode", "peft", "s3prl", "fastabx", "spidr", "triton", "torchcodec", "torchaudio")
 NAMES = sorted(name for names in COMMANDS.values() for name in names)
 
 
@@ -112,6 +127,64 @@ def test_info(monkeypatch, capsys, tmp_path):
     assert re.search(r"codebooks +none", run(monkeypatch, capsys, "info", tmp_path / "ctc")[1])
     status, printed = run(monkeypatch, capsys, "info", tmp_path)
     assert status == 1 and printed.startswith("error: ") and "no model folder" in printed
+
+
+@pytest.fixture
+def nothing_optional(monkeypatch, tmp_path) -> Path:
+    """A script whose first lines hide every package that is not among this one's requirements."""
+    script = tmp_path / "bare.py"
+    script.write_text(f"import sys\nsys.modules.update(dict.fromkeys({OPTIONAL}))\n")
+    return script
+
+
+@pytest.mark.slow
+def test_help_needs_no_optional_package(nothing_optional):
+    with nothing_optional.open("a") as file:
+        file.write(
+            "import importlib\nfrom spidr_hf.__main__ import module_of\n"
+            f"for name in {NAMES}:\n"
+            "    sys.argv = [name, '--help']\n"
+            "    try:\n"
+            "        importlib.import_module(module_of(name)).main()\n"
+            "    except SystemExit as stop:\n"
+            "        assert not stop.code, (name, stop.code)\n"
+        )
+    done = subprocess.run([sys.executable, nothing_optional], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.count("usage: ") == len(NAMES), done.stderr[-2000:]
+    script = ROOT / "examples" / "s3prl" / "run_downstream.py"
+    text = (
+        nothing_optional.read_text().partition("import importlib")[0]
+        + f"import runpy\nsys.argv[1:] = sys.argv[2:]\nrunpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    nothing_optional.write_text(text)
+    for arguments, status, said in ((["--help"], 0, "All options are s3prl's"), ([], 1, "pip install s3prl")):
+        done = subprocess.run(
+            [sys.executable, nothing_optional, "x", *arguments], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == status and said in done.stdout + done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (("plot-units", "a", "b", "c.png"), "matplotlib", "eval"),
+        (("evaluate-units", "a", "b", "--plot", "c.png"), "matplotlib", "eval"),
+        (("evaluate-abx", "a", "b", "--plot", "c.png"), "matplotlib", "eval"),
+        (("finetune-ctc", "m", "d", "o", "--valid", "v"), "jiwer", "finetune"),
+        (("finetune-classification", "m", "d", "o", "--valid", "v", "--task", "frame"), "matplotlib", "finetune"),
+    ],
+)
+def test_a_missing_package_is_told_first(nothing_optional, arguments, package, extra):
+    """Before anything is read or computed, in one line that says what to install."""
+    with nothing_optional.open("a") as file:
+        file.write(f"sys.argv[1:] = {list(arguments)}\nfrom spidr_hf.__main__ import main\nmain()\n")
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run([sys.executable, nothing_optional], capture_output=True, text=True, cwd=ROOT, env=environment)
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and line.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
+    assert package in line and f"pip install 'spidr_hf[{extra}]'" in line
 
 
 @pytest.mark.slow

@@ -38,7 +38,13 @@ def main() -> None:
     for name in ("HfFolder", "Repository"):
         if not hasattr(huggingface_hub, name):
             setattr(huggingface_hub, name, None)
-    from s3prl import hub, run_downstream
+    try:
+        from s3prl import hub, run_downstream
+    except ModuleNotFoundError as error:
+        if sys.argv[1:] in (["-h"], ["--help"]):
+            print(__doc__.strip())
+            return
+        sys.exit(f"error: {error}. This command needs s3prl 0.4 (pip install s3prl), and torchaudio older than 2.9.")
 
     names = upstreams()
     hub.spidr, hub.spidr_before_residual = names.spidr, names.spidr_before_residual
