@@ -221,7 +221,7 @@ class RunFollower:
         count = 0
         while self.validate_next():
             count += 1
-        if count and self.file.rows():
+        if self.file.rows() and (count or self._picture_is_behind()):
             self._plot()
         self._keep_best()
         return count
@@ -326,6 +326,11 @@ class RunFollower:
 
             rows = self.file.rows()
             save_figure(validation_figure(rows, self.config.model.first_codebook_layer), self.run_dir / PLOT_NAME)
+
+    def _picture_is_behind(self) -> bool:
+        """Whether a start that was killed has left rows that are not drawn."""
+        picture = self.run_dir / PLOT_NAME
+        return not picture.exists() or picture.stat().st_mtime_ns < self.file.path.stat().st_mtime_ns
 
     def folders(self) -> list[tuple[int, Path, str | None]]:
         """Step, folder and checksum of the weights of every checkpoint; and of `final` (checksum None) where its step
