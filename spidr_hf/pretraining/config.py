@@ -436,7 +436,7 @@ def _beside(value: str | list[str] | None, config_path: Path) -> Any:
     if value is None or os.path.exists(value := os.path.expanduser(value)):
         return value
     beside = config_path.absolute().parent / value
-    return str(beside) if beside.exists() else value
+    return str(beside) if os.path.exists(beside) else value  # False also of a name that no disk takes
 
 
 __all__ = [

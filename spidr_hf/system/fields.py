@@ -13,6 +13,8 @@ import tomlkit
 
 from .errors import ConfigError
 
+_LARGEST = 1 << 63  # of whole numbers, in TOML and in tensors
+
 
 def option(default: Any, doc: str, check: Callable[[Any], bool] | None = None, allowed: str = "") -> Any:
     """A documented field. `check` tells whether a value is possible; `allowed` says in words what it tests."""
@@ -113,8 +115,10 @@ def convert_value(name: str, kind: Any, value: Any) -> Any:
             return value
         raise ConfigError(f"`{name}` must be true or false, got {value!r}.")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int) and abs(value) >= _LARGEST:  # which neither floats nor messages can hold
+        raise ConfigError(f"`{name}` must be a number below 2**63.")
     if kind is int:
-        if number and float(value).is_integer():
+        if number and abs(value) < _LARGEST and float(value).is_integer():
             return int(value)
         raise ConfigError(f"`{name}` must be an integer, got {value!r}.")
     if kind is float:
