@@ -222,11 +222,15 @@ class StatisticsBuffer:
         self.frames.add_(frames)
         self.empty = False
 
-    def reduce(self) -> SpidrTrainingStatistics:
-        """Sums over all processes, in the update's one collective; a second call only reads."""
+    def share(self) -> None:
+        """Sums over all processes, in the update's one collective; a second call does nothing."""
         if not self.reduced and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.flat)
         self.reduced = True
+
+    def reduce(self) -> SpidrTrainingStatistics:
+        """What all processes saw, after `share`."""
+        self.share()
         layer_losses = self.loss_sums / self.frames
         return SpidrTrainingStatistics(
             loss=layer_losses.mean(),

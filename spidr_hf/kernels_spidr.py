@@ -549,6 +549,11 @@ bias_gelu.register_autograd(_differentiate_bias_gelu, setup_context=_keep_bias_g
 # ---- parameters in the dtype of products
 
 
+def copied(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous and in that dtype, in one copy; `to` and `contiguous` may be two."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format).copy_(x)
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::cast_together", mutates_args=())
 def cast_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Each tensor in another dtype, in one launch for all of them, and so are their gradients."""
@@ -575,6 +580,57 @@ def _differentiate_cast(ctx, grads: list[Tensor]):
 cast_together.register_autograd(_differentiate_cast, setup_context=_keep_cast)
 
 
+# ---- some frames of all
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::gather_rows", mutates_args=())
+def gather_rows(representations: list[Tensor], rows: Tensor) -> Tensor:
+    """The frames `rows` (N indices into B * T, no two alike) of K representations B x T x H: K x N x H.
+
+    The last ones may be those frames already (N x H). All lie side by side at once, and gradients are added where they
+    belong without the copies that `stack` and `index_select` make.
+    """
+    out = representations[0].new_empty((len(representations), len(rows), representations[0].shape[-1]))
+    for x, of_x in zip(representations, out, strict=True):
+        if x.dim() == 2:
+            of_x.copy_(x)
+        else:
+            torch.index_select(x.flatten(0, 1), 0, rows, out=of_x)
+    return out
+
+
+@gather_rows.register_fake
+def _(representations, rows):
+    return representations[0].new_empty((len(representations), rows.shape[0], representations[0].shape[-1]))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::scatter_rows", mutates_args=())
+def _scatter_rows(grad: Tensor, rows: Tensor, whole: int, batch: int, length: int) -> list[Tensor]:
+    # Rows differ, so that adding needs no order.
+    grads = [grad.new_zeros((batch * length, grad.shape[-1])).index_add_(0, rows, x) for x in grad[:whole]]
+    return [x.view(batch, length, -1) for x in grads] + [x.clone() for x in grad[whole:]]
+
+
+@_scatter_rows.register_fake
+def _(grad, rows, whole, batch, length):
+    shapes = [(batch, length, grad.shape[-1])] * whole + [grad.shape[1:]] * (grad.shape[0] - whole)
+    return [grad.new_empty(shape) for shape in shapes]
+
+
+def _keep_gather_rows(ctx, inputs, output) -> None:
+    representations, rows = inputs
+    ctx.whole = sum(x.dim() == 3 for x in representations)
+    ctx.batch, ctx.length = representations[0].shape[:2]
+    ctx.save_for_backward(rows)
+
+
+def _differentiate_gather_rows(ctx, grad: Tensor):
+    return _scatter_rows(grad, *ctx.saved_tensors, ctx.whole, ctx.batch, ctx.length), None
+
+
+gather_rows.register_autograd(_differentiate_gather_rows, setup_context=_keep_gather_rows)
+
+
 # ---- grouped convolution over time
 
 
@@ -586,8 +642,7 @@ def grouped_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) 
     """
     if kernels_run(x) and weight.shape[0] == x.shape[-1] and weight.shape[1] <= 128:
         if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return _grouped_conv(x, weight, bias, groups)
     return plain_grouped_conv1d(x, weight, bias, groups)
 
@@ -637,7 +692,7 @@ def _grouped_taps(weight: Tensor, groups: int) -> Tensor:
 
 @torch.library.custom_op(f"{_NAMESPACE}::grouped_conv", mutates_args=())
 def _grouped_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    taps = _grouped_taps(weight, groups).permute(0, 3, 2, 1).contiguous()
+    taps = copied(_grouped_taps(weight, groups).permute(0, 3, 2, 1), x.dtype)
     return _launch_conv(x.contiguous(), taps, bias, weight.shape[-1] // 2)
 
 
@@ -658,7 +713,7 @@ def _grouped_conv_backward(
     grad_x = x.new_empty(0)
     if need_x:
         # The input's gradient is the convolution of the output's with the taps turned round.
-        taps = _grouped_taps(weight, groups).flip(-1).permute(0, 3, 1, 2).contiguous()
+        taps = copied(_grouped_taps(weight, groups).flip(-1).permute(0, 3, 1, 2), x.dtype)
         grad_x = _launch_conv(grad, taps, None, kernel - 1 - before)
     splits = max(1, min(_blocks(rows, 8 * block_rows), _blocks(4 * PROGRAMS, groups * kernel)))
     rows_per_program, splits = _shares(rows, block_rows, splits)
@@ -905,8 +960,10 @@ __all__ = [
     "cast_together",
     "codeword_statistics",
     "conv_norm_gelu",
+    "copied",
     "draw_seeds",
     "fuses_first_convolution",
+    "gather_rows",
     "grouped_conv1d",
     "kernel_trouble",
     "kernels_run",

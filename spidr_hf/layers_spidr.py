@@ -5,7 +5,7 @@ laid end to end, which is faster than convolving and needs no transpose around t
 `tests/reference.py`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -41,8 +41,10 @@ from .kernels_spidr import (
     bias_gelu,
     cast_together,
     conv_norm_gelu,
+    copied,
     draw_seeds,
     fuses_first_convolution,
+    gather_rows,
     grouped_conv1d,
     kernels_run,
     norm_gelu,
@@ -123,9 +125,9 @@ class PolyphaseConv1d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-        matrix = weight.transpose(1, 2).flatten(1).contiguous()
+        matrix = copied(weight.transpose(1, 2), x.dtype).flatten(1)
         ctx.save_for_backward(x, matrix)
-        ctx.stride, ctx.shape, ctx.has_bias = stride, weight.shape, bias is not None
+        ctx.stride, ctx.shape, ctx.dtype, ctx.has_bias = stride, weight.shape, weight.dtype, bias is not None
         rows = x.view(-1, stride * x.shape[1])
         out = x.new_empty(len(rows), len(matrix))
         phases = -(-weight.shape[2] // stride)
@@ -135,7 +137,8 @@ class PolyphaseConv1d(torch.autograd.Function):
                 torch.mm(windows, matrix.t(), out=place)
             else:
                 torch.addmm(bias, windows, matrix.t(), out=place)
-        out[max(0, len(out) - phases + 1) :].zero_()  # their windows reach beyond the end
+        if phases > 1:
+            out[max(0, len(out) - phases + 1) :].zero_()  # their windows reach beyond the end
         return out
 
     @staticmethod
@@ -163,10 +166,12 @@ class PolyphaseConv1d(torch.autograd.Function):
                     torch.mm(before, blocks[-before.shape[1] :], out=out[row : row + 1])
             grad_x = grad_x.view_as(x)
         if need_weight:
-            partial = matrix.new_zeros(phases, *matrix.shape)
-            for number, (windows, place) in enumerate(_phases(rows, grad, phases)):
-                torch.mm(place.t(), windows[:, : matrix.shape[1]], out=partial[number])
-            grad_weight = partial.sum(0).view(out_channels, kernel, channels).transpose(1, 2).contiguous()
+            parts = list(_phases(rows, grad, phases))
+            partial = matrix.new_empty(len(parts), *matrix.shape)
+            for part, (windows, place) in zip(partial, parts, strict=True):
+                torch.mm(place.t(), windows[:, : matrix.shape[1]], out=part)
+            total = partial[0] if len(parts) == 1 else partial.sum(0)
+            grad_weight = copied(total.view(out_channels, kernel, channels).transpose(1, 2), ctx.dtype)
         return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None, None
 
 
@@ -192,7 +197,8 @@ def conv1d_channels_last(
     fast = fast_products(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+        # On a GPU the weights' cast is part of the copy that lays their taps side by side.
+        x, weight = x.to(dtype), weight if x.is_cuda and channels > 1 else weight.to(dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if channels == 1:
         # One product over copied windows: splitting the ten taps would write the largest activation of the model twice.
@@ -336,6 +342,22 @@ def masked_var_mean(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     mean = torch.where(valid, x, 0).sum(1, keepdim=True) / count
     var = torch.where(valid, x - mean, 0).square().sum(1, keepdim=True) / count
     return mean, var
+
+
+def gather_frames(representations: Sequence[Tensor], rows: Tensor | None) -> Tensor:
+    """K representations B x T x H as K x N x H: of the frames `rows` (N indices into B * T), or of all.
+
+    The last ones may be those frames already (N x H).
+    """
+    if rows is not None and kernels_run(representations[0]):
+        return gather_rows(list(representations), rows)
+
+    def select(x: Tensor) -> Tensor:
+        # Not `[rows]`, whose gradient is sorted by row on a GPU: rows differ, so that adding needs no order.
+        return x.reshape(-1, x.shape[-1]) if rows is None or x.dim() == 2 else x.flatten(0, 1).index_select(0, rows)
+
+    selected = [select(x) for x in representations]
+    return torch.stack(selected) if len(selected) > 1 else selected[0].unsqueeze(0)
 
 
 class SpidrFeatureEncoder(nn.Module):
@@ -609,9 +631,8 @@ class SpidrEncoderLayer(GradientCheckpointingLayer):
         if not fuses:
             hidden_states = hidden_states + self.dropout(context)
         if representation_only and rows is not None:
-            # Not `[rows]`, whose gradient is sorted by row on a GPU: rows differ, so that adding needs no order.
-            hidden_states = hidden_states.flatten(0, 1).index_select(0, rows)
-            context = context.flatten(0, 1).index_select(0, rows) if fuses else context
+            hidden_states = gather_frames([hidden_states], rows).flatten(0, 1)
+            context = gather_frames([context], rows).flatten(0, 1) if fuses else context
         if fuses:
             p = self.dropout.p if self.dropout.training else 0.0
             seeds = draw_seeds(2, hidden_states.device) if p > 0 and seeds is None else seeds
@@ -690,16 +711,22 @@ class SpidrEncoder(nn.Module):
             last_rows: with `representation_only`, the frames (N indices into B * T) of which that representation is
                 read; it is then N x H.
         """
-        hidden_states = hidden_states + self.pos_conv_embed(hidden_states, frame_mask)
-        if not self.config.do_stable_layer_norm:
-            hidden_states = self.layer_norm(hidden_states)
+        positions, copy = self.pos_conv_embed(hidden_states, frame_mask), None
+        if self._fuses(hidden_states):
+            hidden_states, copy = _residual_norm(self.layer_norm, hidden_states, positions, 0.0, None)
+        else:
+            hidden_states = hidden_states + positions
+            if not self.config.do_stable_layer_norm:
+                hidden_states = self.layer_norm(hidden_states)
+        if self.training and self.config.hidden_dropout > 0:
+            copy = None
         hidden_states = embeddings = self.dropout(hidden_states)
         if self.training and torch.is_grad_enabled() and not hidden_states.requires_grad and self._checkpoints():
             # Re-entrant checkpointing gives what is inside no gradients otherwise, as where only adapters train.
             hidden_states.requires_grad_()
         attention_mask = self._attention_mask(hidden_states, frame_mask, output_attentions)
 
-        copy, seeds = None, self._seeds(hidden_states)
+        seeds = self._seeds(hidden_states)
         representations, outputs, attentions = [], [], []
         num_layers = len(self.layers) if num_layers is None else num_layers
         for number, layer in enumerate(self.layers[:num_layers], start=1):
@@ -727,6 +754,11 @@ class SpidrEncoder(nn.Module):
         if self.config.do_stable_layer_norm and hidden_states is not None and num_layers == len(self.layers):
             hidden_states = self.layer_norm(hidden_states)
         return SpidrEncoderOutput(hidden_states, representations, outputs, embeddings, attentions)
+
+    def _fuses(self, hidden_states: Tensor) -> bool:
+        """Whether sum and norm of positions are one kernel, which leaves them in the dtype that it is given."""
+        fuses = self.layers and self.layers[0].fuses(hidden_states) and hidden_states.dtype == torch.float32
+        return bool(fuses) and is_plain(self.layer_norm) and is_untouched(self.dropout)
 
     def _seeds(self, hidden_states: Tensor) -> Tensor | None:
         """Of dropout in the layers' kernels, in one launch for all."""
@@ -760,5 +792,6 @@ __all__ = [
     "SpidrFeatureEncoder",
     "SpidrFeatureProjection",
     "conv1d_channels_last",
+    "gather_frames",
     "masked_var_mean",
 ]

@@ -20,7 +20,7 @@ from .codebooks_spidr import (
     perplexity,
 )
 from .configuration_spidr import SpidrConfig
-from .layers_spidr import SpidrEncoderOutput
+from .layers_spidr import SpidrEncoderOutput, gather_frames
 from .modeling_spidr_base import SpidrModel, SpidrPreTrainedModel, frame_mask
 from .objectives_spidr import get_objective
 
@@ -99,15 +99,10 @@ class _CodebookPredictions:
 
     def _logits(self, output: SpidrEncoderOutput, rows: Tensor | None = None) -> Tensor:
         """Logits K x N x V, float32, of the frames `rows` (indices into B * T; all by default)."""
-
-        def select(x: Tensor) -> Tensor:
-            # The last layer's may be those rows already.
-            return x.reshape(-1, x.shape[-1]) if rows is None or x.dim() == 2 else x.flatten(0, 1).index_select(0, rows)
-
         if get_objective(self.config.objective).reads_own_layer:
-            inputs = torch.stack([select(x) for x in output.representations])
+            inputs = gather_frames(output.representations, rows)
         else:
-            inputs = select(output.last_hidden_state)
+            inputs = gather_frames([output.last_hidden_state], rows).flatten(0, 1)
         return self.heads(inputs).float()
 
     def _frame_logits(self, input_values: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -238,7 +233,8 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         logits = self._logits(output, rows)
         with torch.autocast(logits.device.type, enabled=False):
             log_probs = logits.log_softmax(-1)
-            layer_losses = -log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(-1)
+            losses = F.nll_loss(log_probs.flatten(0, 1), labels.flatten(), reduction="none")
+            layer_losses = losses.view(labels.shape).mean(-1)
             with torch.no_grad():
                 predictions = log_probs.exp().mean(1)
         if self.training:
@@ -326,7 +322,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
             raise ValueError(f"Steps are counted from 1, got {step}.")
         self._forwards, self.missing_weights = 0, frozenset()
         if self.statistics is not None and not self.statistics.empty:
-            self.statistics.reduce()
+            self.statistics.share()
             self.codebooks.update(self.statistics.counts, self.statistics.sums, where)
             self.statistics.clear()
         decay = self.teacher_decay(step)

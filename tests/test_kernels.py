@@ -15,6 +15,7 @@ from spidr_hf.kernels_spidr import (
     conv_norm_gelu,
     draw_seeds,
     fuses_first_convolution,
+    gather_rows,
     grouped_conv1d,
     kernel_trouble,
     kernels_run,
@@ -205,6 +206,16 @@ def test_bias_and_gelu(kernels, monkeypatch, rows, channels, dtype):
         torch.testing.assert_close(one / scale, other / scale, **TOLERANCE[dtype])
 
 
+@both_dtypes
+def test_some_frames_of_all(dtype):
+    rows = torch.tensor([7, 0, 9], device=DEVICE)
+    inputs, grad = [tensor(2, 5, 4, dtype=dtype), tensor(2, 5, 4, dtype=dtype, seed=1)], tensor(3, 3, 4, seed=2)
+    inputs.append(tensor(3, 4, dtype=dtype, seed=3))  # those frames already
+    ours = with_gradients(lambda *x: gather_rows(list(x), rows), inputs, grad)
+    plain = with_gradients(lambda x, y, z: torch.stack([x.flatten(0, 1)[rows], y.flatten(0, 1)[rows], z]), inputs, grad)
+    assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+
+
 def test_parameters_are_cast_together():
     parameters = [tensor(3, 4).requires_grad_(), tensor(5, seed=1).requires_grad_(), tensor(2, 2)]
     copies = cast_together(parameters, torch.bfloat16)
@@ -304,6 +315,7 @@ def test_all_frames_may_have_one_codeword(kernels):
         "_conv_norm_gelu",
         "bias_gelu",
         "cast_together",
+        "gather_rows",
         "_grouped_conv",
         "nearest_codewords",
         "codeword_statistics",
@@ -329,6 +341,7 @@ def test_the_compiler_is_told_the_truth(kernels, operation):
         ),
         "bias_gelu": (x, tensor(16).requires_grad_()),
         "cast_together": ([x, tensor(3)], torch.bfloat16),
+        "gather_rows": ([x, tensor(2, 16).requires_grad_()], torch.tensor([3, 17], device=DEVICE)),
         "normalized_rows": ([tensor(2, 9, 16)] * 2, torch.tensor([3, 17], device=DEVICE), None, 1e-5),
     }
     function = getattr(kernels_spidr, operation)

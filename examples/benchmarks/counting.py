@@ -246,7 +246,9 @@ def _size(tensors: list[Tensor]) -> int:
 
 
 def _operations(name: str, args: tuple) -> int:
-    """One; of lists of tensors as many as there are where PyTorch takes one after the other."""
+    """One; of lists of tensors as many as there are where one is taken after the other."""
+    if name in ("gather_rows", "scatter_rows"):  # of each tensor, which the second fills with zeros first
+        return len(args[0]) * (1 if name == "gather_rows" else 2)
     lists = [x for x in args if isinstance(x, list)] if name.startswith("_foreach") else []
     return len(lists[0]) if len(lists) > 2 and any(x.dim() == 0 for x in lists[2]) else 1
 

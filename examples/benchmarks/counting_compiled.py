@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config as inductor
+from torch._inductor import scheduler
 from torch._inductor.fx_passes import fuse_attention, joint_graph, pad_mm
 from torch._inductor.graph import GraphLowering
 from triton.backends.compiler import GPUTarget
@@ -116,6 +117,7 @@ def fake_compiler(launched: Callable[[int], None]) -> Iterator[None]:
             (joint_graph, "lazy_init", lambda *_, **__: None),
             (torch.version, "cuda", "13.0"),
             (torch.utils._triton, "has_triton", lambda *_, **__: True),
+            (scheduler, "has_triton", lambda *_, **__: True),  # which has taken its own where it came first
             *((torch.cuda, name, value) for name, value in _answers().items()),
             *((torch.cuda.random, name, _answers()[name]) for name in ("get_rng_state", "set_rng_state")),
             (torch._C, "_cuda_getCurrentRawStream", lambda *_: 0),
