@@ -350,21 +350,30 @@ def residual_norm(
     eps: float,
     p: float = 0.0,
     seed: Tensor | None = None,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm of `residual + dropout(branch)`, ... x C; where `kernels_run`.
+    """LayerNorm of `residual + dropout(branch + branch_bias)`, ... x C; where `kernels_run`.
 
     Args:
         p: share of `branch` that is zeroed, decided by `seed` (of `draw_seeds`).
+        branch_bias: C, of the product that `branch` comes from, where that has left it out.
 
     Returns the norm in the dtype of `residual`, and the same in the dtype of `branch`, for products.
     """
-    out, copy = _residual_norm(residual, branch, weight, bias, seed if p > 0 else None, eps, p)
+    out, copy = _residual_norm(residual, branch, weight, bias, seed if p > 0 else None, branch_bias, eps, p)
     return out, out if residual.dtype == branch.dtype else copy
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::residual_norm", mutates_args=())
 def _residual_norm(
-    residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, p: float
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    branch_bias: Tensor | None,
+    eps: float,
+    p: float,
 ) -> tuple[Tensor, Tensor]:
     from .triton_spidr import residual_norm_forward
 
@@ -380,6 +389,7 @@ def _residual_norm(
                 weight,
                 bias,
                 seed,
+                branch_bias,
                 out,
                 copy,
                 rows,
@@ -387,6 +397,7 @@ def _residual_norm(
                 eps=eps,
                 p=p if seed is not None else 0.0,
                 copies=copy.numel() > 0,
+                has_bias=branch_bias is not None,
                 block_rows=block_rows,
                 block_channels=block_channels,
             )
@@ -400,7 +411,7 @@ def _copy_of(residual: Tensor, branch: Tensor) -> Tensor:
 
 
 @_residual_norm.register_fake
-def _(residual, branch, weight, bias, seed, eps, p):
+def _(residual, branch, weight, bias, seed, branch_bias, eps, p):
     return torch.empty_like(residual, memory_format=torch.contiguous_format), _copy_of(residual, branch)
 
 
@@ -412,9 +423,10 @@ def _residual_norm_backward(
     branch: Tensor,
     weight: Tensor,
     seed: Tensor | None,
+    branch_bias: Tensor | None,
     eps: float,
     p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .triton_spidr import residual_norm_backward
 
     residual, branch = residual.contiguous(), branch.contiguous()
@@ -423,7 +435,8 @@ def _residual_norm_backward(
     rows, (block_rows, block_channels) = residual.numel() // channels, _row_blocks(channels)
     grad_residual, grad_branch = torch.empty_like(residual), torch.empty_like(branch)
     rows_per_program, programs = _shares(rows, block_rows)
-    partial = residual.new_empty((2, programs, channels), dtype=torch.float32)
+    has_bias = branch_bias is not None
+    partial = residual.new_empty((2 + has_bias, programs, channels), dtype=torch.float32)
     if rows:
         with _device_of(residual):
             residual_norm_backward[(programs,)](
@@ -433,10 +446,12 @@ def _residual_norm_backward(
                 branch,
                 weight,
                 seed,
+                branch_bias,
                 grad_residual,
                 grad_branch,
                 partial[0],
                 partial[1],
+                partial[-1],
                 rows,
                 rows_per_program,
                 channels=channels,
@@ -444,31 +459,34 @@ def _residual_norm_backward(
                 p=p if seed is not None else 0.0,
                 has_grad=grad is not None,
                 has_grad_copy=grad_copy is not None,
+                has_bias=has_bias,
                 block_rows=block_rows,
                 block_channels=block_channels,
             )
     sums = partial.sum(1).to(weight.dtype)
-    return grad_residual, grad_branch, sums[0].clone(), sums[1].clone()
+    grad_branch_bias = sums[2].to(branch_bias.dtype, copy=True) if has_bias else sums.new_empty(0)
+    return grad_residual, grad_branch, sums[0].clone(), sums[1].clone(), grad_branch_bias
 
 
 @_residual_norm_backward.register_fake
-def _(grad, grad_copy, residual, branch, weight, seed, eps, p):
+def _(grad, grad_copy, residual, branch, weight, seed, branch_bias, eps, p):
     whole = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (residual, branch)]
-    return *whole, torch.empty_like(weight), torch.empty_like(weight)
+    like = weight.new_empty(0) if branch_bias is None else torch.empty_like(branch_bias)
+    return *whole, torch.empty_like(weight), torch.empty_like(weight), like
 
 
 def _keep_residual_norm(ctx, inputs, output) -> None:
-    residual, branch, weight, _, seed, ctx.eps, ctx.p = inputs
+    residual, branch, weight, _, seed, branch_bias, ctx.eps, ctx.p = inputs
     ctx.copies = output[1].numel() > 0
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(residual, branch, weight, seed)
+    ctx.save_for_backward(residual, branch, weight, seed, branch_bias)
 
 
 def _differentiate_residual_norm(ctx, grad: Tensor | None, grad_copy: Tensor | None):
-    residual, branch, weight, seed = ctx.saved_tensors
+    *saved, branch_bias = ctx.saved_tensors
     grad_copy = grad_copy if ctx.copies else None
-    grads = _residual_norm_backward(grad, grad_copy, residual, branch, weight, seed, ctx.eps, ctx.p)
-    return *grads, None, None, None
+    *grads, of_bias = _residual_norm_backward(grad, grad_copy, *saved, branch_bias, ctx.eps, ctx.p)
+    return *grads, None, None if branch_bias is None else of_bias, None, None
 
 
 _residual_norm.register_autograd(_differentiate_residual_norm, setup_context=_keep_residual_norm)

@@ -536,12 +536,17 @@ class SpidrAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        without_bias: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        """B x T x H -> the same, and attention weights; `without_bias`: that of `proj`, where `reads_weights`."""
         batch, length, _ = hidden_states.shape
         project_in, project_out = partial(linear, self.qkv), partial(linear, self.proj)
-        if kernels_run(hidden_states) and is_plain(self.qkv) and is_plain(self.proj):
-            parameters = self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias
+        if kernels_run(hidden_states) and self.reads_weights():
+            parameters = self.qkv.weight, self.qkv.bias, self.proj.weight, None if without_bias else self.proj.bias
             weight_in, bias_in, weight_out, bias_out = _for_products(hidden_states, *parameters)
             project_in = partial(F.linear, weight=weight_in, bias=bias_in)
             project_out = partial(F.linear, weight=weight_out, bias=bias_out)
@@ -567,6 +572,9 @@ class SpidrAttention(nn.Module):
             scaling=self.scaling,
         )
         return project_out(context.reshape(batch, length, -1)), weights
+
+    def reads_weights(self) -> bool:
+        return is_plain(self.qkv) and is_plain(self.proj)
 
 
 class SpidrFeedForward(nn.Module):
@@ -627,7 +635,9 @@ class SpidrEncoderLayer(GradientCheckpointingLayer):
         """
         fuses = self.fuses(hidden_states)
         inputs = self.layer_norm(hidden_states) if self.pre_norm else hidden_states if copy is None else copy
-        context, weights = self.attention(inputs, attention_mask, output_attentions)
+        # Left to the kernel, the bias needs no pass over its gradient.
+        leaves = fuses and is_untouched(self.attention) and self.attention.reads_weights()
+        context, weights = self.attention(inputs, attention_mask, output_attentions, leaves)
         if not fuses:
             hidden_states = hidden_states + self.dropout(context)
         if representation_only and rows is not None:
@@ -637,7 +647,9 @@ class SpidrEncoderLayer(GradientCheckpointingLayer):
             p = self.dropout.p if self.dropout.training else 0.0
             seeds = draw_seeds(2, hidden_states.device) if p > 0 and seeds is None else seeds
             seed, next_seed = (None, None) if seeds is None else seeds
-            hidden_states, copy = _residual_norm(self.layer_norm, hidden_states, context, p, seed)
+            hidden_states, copy = _residual_norm(
+                self.layer_norm, hidden_states, context, p, seed, self.attention.proj.bias if leaves else None
+            )
             representation = self.feed_forward(copy)
         elif self.pre_norm:
             representation = self.feed_forward(self.final_layer_norm(hidden_states))
@@ -659,8 +671,10 @@ class SpidrEncoderLayer(GradientCheckpointingLayer):
         return plain and kernels_run(hidden_states) and hidden_states.shape[-1] <= MAX_CHANNELS
 
 
-def _residual_norm(norm: nn.LayerNorm, x: Tensor, branch: Tensor, p: float, seed: Tensor | None):
-    return residual_norm(x, branch, norm.weight, norm.bias, norm.eps, p, seed)
+def _residual_norm(
+    norm: nn.LayerNorm, x: Tensor, branch: Tensor, p: float, seed: Tensor | None, branch_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return residual_norm(x, branch, norm.weight, norm.bias, norm.eps, p, seed, branch_bias)
 
 
 class SpidrEncoderOutput(NamedTuple):

@@ -262,6 +262,7 @@ def residual_norm_forward(
     weight,
     bias,
     seed,
+    branch_bias,
     out,
     copy,
     rows,
@@ -269,16 +270,19 @@ def residual_norm_forward(
     eps: tl.constexpr,
     p: tl.constexpr,
     copies: tl.constexpr,
+    has_bias: tl.constexpr,
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ):
-    """Norm of `residual + dropout(branch)`, in the dtypes of both."""
+    """Norm of `residual + dropout(branch + branch_bias)`, in the dtypes of residual and branch."""
     row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
     column = tl.arange(0, block_channels)
     in_row = column < channels
     inside = (row < rows)[:, None] & in_row[None, :]
     offsets = row[:, None] * channels + column[None, :]
     added = tl.load(branch + offsets, mask=inside, other=0.0).to(tl.float32)
+    if has_bias:
+        added += tl.load(branch_bias + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
     if p > 0:
         added = _dropped(added, seed, row, p, block_rows, block_channels)
     x = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32) + added
@@ -299,10 +303,12 @@ def residual_norm_backward(
     branch,
     weight,
     seed,
+    branch_bias,
     grad_residual,
     grad_branch,
     grad_weight,
     grad_bias,
+    grad_branch_bias,
     rows,
     rows_per_program,
     channels: tl.constexpr,
@@ -310,6 +316,7 @@ def residual_norm_backward(
     p: tl.constexpr,
     has_grad: tl.constexpr,
     has_grad_copy: tl.constexpr,
+    has_bias: tl.constexpr,
     block_rows: tl.constexpr,
     block_channels: tl.constexpr,
 ):
@@ -324,12 +331,18 @@ def residual_norm_backward(
     scale = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
     weight_sum = tl.zeros((block_channels,), tl.float32)
     bias_sum = tl.zeros((block_channels,), tl.float32)
+    branch_sum = tl.zeros((block_channels,), tl.float32)
+    branch_shift = tl.zeros((block_channels,), tl.float32)
+    if has_bias:
+        branch_shift = tl.load(branch_bias + column, mask=in_row, other=0.0).to(tl.float32)
     for start in range(0, rows_per_program, block_rows):
         index = start + tl.arange(0, block_rows)
         row = first + index
         inside = ((index < rows_per_program) & (row < rows))[:, None] & in_row[None, :]
         offsets = row[:, None] * channels + column[None, :]
         added = tl.load(branch + offsets, mask=inside, other=0.0).to(tl.float32)
+        if has_bias:
+            added += branch_shift[None, :]
         if p > 0:
             added = _dropped(added, seed, row, p, block_rows, block_channels)
         x = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32) + added
@@ -345,9 +358,13 @@ def residual_norm_backward(
         tl.store(grad_residual + offsets, grad_x.to(grad_residual.dtype.element_ty), mask=inside)
         if p > 0:
             grad_x = _dropped(grad_x, seed, row, p, block_rows, block_channels)
+        if has_bias:
+            branch_sum += tl.sum(grad_x, axis=0)
         tl.store(grad_branch + offsets, grad_x.to(grad_branch.dtype.element_ty), mask=inside)
     tl.store(grad_weight + program.to(tl.int64) * channels + column, weight_sum, mask=in_row)
     tl.store(grad_bias + program.to(tl.int64) * channels + column, bias_sum, mask=in_row)
+    if has_bias:
+        tl.store(grad_branch_bias + program.to(tl.int64) * channels + column, branch_sum, mask=in_row)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)

@@ -181,6 +181,22 @@ def test_residual_dropout_and_norm(kernels, monkeypatch, rows, channels, p, dtyp
         assert not torch.equal(one[0], with_gradients(ours, [residual, branch, *parameters], grad)[0])
 
 
+@both_dtypes
+def test_a_bias_that_the_product_has_left_to_the_norm(kernels, monkeypatch, dtype):
+    monkeypatch.setattr(kernels_spidr, "PROGRAMS", 3)
+    inputs = [tensor(2, 9, 48), tensor(2, 9, 48, dtype=dtype, seed=1), *(tensor(48, seed=n) for n in (2, 3, 4))]
+    seed, grad = draw_seeds(1, torch.device(DEVICE))[0], tensor(2, 9, 48, seed=5)
+    kept = (with_gradients(lambda *x: residual_norm(*x[:4], 1e-5, 0.3, seed, x[4])[0], inputs, grad)[2] != 0).float()
+    for p, keep in ((0.0, torch.ones_like(kept)), (0.3, kept / 0.7)):
+        ours = with_gradients(lambda *x, p=p: residual_norm(*x[:4], 1e-5, p, seed, x[4])[0], inputs, grad)
+        plain = with_gradients(
+            lambda x, y, *w, keep=keep: F.layer_norm(x + (y.float() + w[2]) * keep, (48,), *w[:2], 1e-5), inputs, grad
+        )
+        for one, other in zip(ours, plain, strict=True):
+            scale = max(1.0, other.abs().max().item() / 8)
+            torch.testing.assert_close(one / scale, other / scale, **TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("read", ["norm", "copy"])
 def test_a_norm_of_which_only_one_form_is_read(kernels, read):
     inputs = [tensor(2, 5, 16), tensor(2, 5, 16, dtype=torch.bfloat16, seed=1), tensor(16, seed=2), tensor(16, seed=3)]
@@ -329,7 +345,7 @@ def test_the_compiler_is_told_the_truth(kernels, operation):
         "_grouped_conv": (x, tensor(16, 8, 4).requires_grad_(), tensor(16).requires_grad_(), 2),
         "nearest_codewords": (tensor(2, 9, 16), tensor(2, 20, 16)),
         "codeword_statistics": (torch.zeros(2, 9, dtype=torch.int64, device=DEVICE), tensor(2, 9, 16), 20),
-        "_residual_norm": (x, x.detach().bfloat16(), tensor(16), tensor(16), None, 1e-5, 0.0),
+        "_residual_norm": (x, x.detach().bfloat16(), tensor(16), tensor(16), None, tensor(16), 1e-5, 0.0),
         "_conv_norm_gelu": (
             tensor(60),
             tensor(16, 1, 4).requires_grad_(),

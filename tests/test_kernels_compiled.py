@@ -60,9 +60,11 @@ for dtype in ("bf16", "fp32"):
     grads = {"grad_x": dtype, "grad_weight": "fp32", "grad_bias": "fp32"}
     check("norm_gelu_backward", {"grad": dtype, "x": dtype, **rest, **grads}, ["rows", "rows_per_program"], blocks)
     blocks = {"channels": 768, "eps": 1e-5, "p": 0.1, "block_rows": 4, "block_channels": 1024}
-    inputs = {"residual": "fp32", "branch": dtype, **rest, "seed": "i64"}
+    blocks |= {"has_bias": True}
+    inputs = {"residual": "fp32", "branch": dtype, **rest, "seed": "i64", "branch_bias": "fp32"}
     check("residual_norm_forward", {**inputs, "out": "fp32", "copy": dtype}, ["rows"], {**blocks, "copies": True})
     grads = {"grad_residual": "fp32", "grad_branch": dtype, "grad_weight": "fp32", "grad_bias": "fp32"}
+    grads |= {"grad_branch_bias": "fp32"}
     inputs = {"grad": "fp32", "grad_copy": dtype, **{name: t for name, t in inputs.items() if name != "bias"}}
     blocks |= {"has_grad": True, "has_grad_copy": True}
     check("residual_norm_backward", {**inputs, **grads}, ["rows", "rows_per_program"], blocks)
