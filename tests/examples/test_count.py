@@ -24,7 +24,7 @@ BASE = {
     "padded": (869, 68.36, 8.34),
     "after the freeze": (677, 51.15, 6.11),
     "plain": (1350, 125.5, 13.6),
-    "compiled": (843, 62.82, 8.34),
+    "compiled": (765, 61.82, 8.34),
 }
 
 pytestmark = [
