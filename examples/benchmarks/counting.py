@@ -262,6 +262,8 @@ def _moved(func, args, kwargs, out) -> int:
     """Bytes of every tensor that goes in or comes out, of those changed in place twice."""
     different = {id(x): x for x in _tensors((args, kwargs, out))}
     total = _size(list(different.values()))
+    if func.overloadpacket.__name__ == "scatter_rows":  # reads and writes again the rows that it adds to
+        total += 2 * _size([args[0][: args[2]]])
     if func.overloadpacket.__name__ in _ONLY_WRITE:
         return total
     # Fused optimizers write gradients only where they scale them.
