@@ -26,7 +26,7 @@ from torch import Tensor
 
 # Each copy of this file (the package's, one per repository of remote code) registers operators of its own.
 # Their namespaces are ASCII, the names of repositories and folders need not be.
-_NAMESPACE = re.sub(r"\W+", "_", re.sub(r"[^\x00-\x7f]", lambda letter: f"u{ord(letter[0]):x}", __name__))
+NAMESPACE = re.sub(r"\W+", "_", re.sub(r"[^\x00-\x7f]", lambda letter: f"u{ord(letter[0]):x}", __name__))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Programs of the kernels that sum over rows: enough for any GPU, and the same on all, so that sums are too.
 PROGRAMS = 528
@@ -116,7 +116,7 @@ def _row_blocks(channels: int) -> tuple[int, int]:
     return max(1, 4096 // block_channels), block_channels
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::norm_gelu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::norm_gelu", mutates_args=())
 def _norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     from .triton_spidr import norm_gelu_forward
 
@@ -146,7 +146,7 @@ def _(x, weight, bias, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::norm_gelu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::norm_gelu_backward", mutates_args=())
 def _norm_gelu_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,7 +236,7 @@ def _conv_block(channels: int) -> dict[str, int]:
     return {"block_rows": max(16, 8192 // block_channels), "block_channels": block_channels}
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::conv_norm_gelu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::conv_norm_gelu", mutates_args=())
 def _conv_norm_gelu(
     x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, stride: int, eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -276,7 +276,7 @@ def _(x, weight, gain, shift, stride, eps, dtype):
     return x.new_empty((x.numel() // stride, weight.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::conv_norm_gelu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::conv_norm_gelu_backward", mutates_args=())
 def _conv_norm_gelu_backward(
     grad: Tensor, x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, stride: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -364,7 +364,7 @@ def residual_norm(
     return out, out if residual.dtype == branch.dtype else copy
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::residual_norm", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::residual_norm", mutates_args=())
 def _residual_norm(
     residual: Tensor,
     branch: Tensor,
@@ -415,7 +415,7 @@ def _(residual, branch, weight, bias, seed, branch_bias, eps, p):
     return torch.empty_like(residual, memory_format=torch.contiguous_format), _copy_of(residual, branch)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::residual_norm_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::residual_norm_backward", mutates_args=())
 def _residual_norm_backward(
     grad: Tensor | None,
     grad_copy: Tensor | None,
@@ -495,7 +495,7 @@ _residual_norm.register_autograd(_differentiate_residual_norm, setup_context=_ke
 # ---- bias and GELU
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::bias_gelu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::bias_gelu", mutates_args=())
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """GELU (exact) of `x + bias`, ... x C in the dtype of `x`, computed in float32; where `kernels_run`.
 
@@ -520,7 +520,7 @@ def _(x, bias):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::bias_gelu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::bias_gelu_backward", mutates_args=())
 def _bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     from .triton_spidr import bias_gelu_backward
 
@@ -572,7 +572,7 @@ def copied(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format).copy_(x)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::cast_together", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::cast_together", mutates_args=())
 def cast_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Each tensor in another dtype, in one launch for all of them, and so are their gradients."""
     copies = [torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in tensors]
@@ -601,7 +601,7 @@ cast_together.register_autograd(_differentiate_cast, setup_context=_keep_cast)
 # ---- some frames of all
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::gather_rows", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gather_rows", mutates_args=())
 def gather_rows(representations: list[Tensor], rows: Tensor) -> Tensor:
     """The frames `rows` (N indices into B * T, no two alike) of K representations B x T x H: K x N x H.
 
@@ -622,7 +622,7 @@ def _(representations, rows):
     return representations[0].new_empty((len(representations), rows.shape[0], representations[0].shape[-1]))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::scatter_rows", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scatter_rows", mutates_args=())
 def _scatter_rows(grad: Tensor, rows: Tensor, whole: int, batch: int, length: int) -> list[Tensor]:
     # Rows differ, so that adding needs no order.
     grads = [grad.new_zeros((batch * length, grad.shape[-1])).index_add_(0, rows, x) for x in grad[:whole]]
@@ -708,7 +708,7 @@ def _grouped_taps(weight: Tensor, groups: int) -> Tensor:
     return weight.view(groups, -1, *weight.shape[1:])
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::grouped_conv", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::grouped_conv", mutates_args=())
 def _grouped_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     taps = copied(_grouped_taps(weight, groups).permute(0, 3, 2, 1), x.dtype)
     return _launch_conv(x.contiguous(), taps, bias, weight.shape[-1] // 2)
@@ -719,7 +719,7 @@ def _(x, weight, bias, groups):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::grouped_conv_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::grouped_conv_backward", mutates_args=())
 def _grouped_conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, groups: int, need_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -790,7 +790,7 @@ _grouped_conv.register_autograd(_differentiate_grouped_conv, setup_context=_keep
 # ---- targets
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::normalized_rows", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::normalized_rows", mutates_args=())
 def normalized_rows(representations: list[Tensor], rows: Tensor, lengths: Tensor | None, eps: float) -> Tensor:
     """K representations B x T x H, each channel normalised over the first `lengths` (B; None: all) frames of its own
     utterance, of the frames `rows` (N indices into B * T): K x N x H, float32. (`instance_norm_rows` has the plain
@@ -840,7 +840,7 @@ def _(representations, rows, lengths, eps):
 # ---- codebooks
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::nearest_codewords", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::nearest_codewords", mutates_args=())
 def nearest_codewords(targets: Tensor, codewords: Tensor) -> Tensor:
     """Nearest codeword in L2 distance: targets K x N x H, codewords K x V x H, both float32 -> labels K x N.
 
@@ -912,7 +912,7 @@ def _nearest_by_kernel(targets: Tensor, codewords: Tensor, half_norms: Tensor) -
     return labels
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::codeword_statistics", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::codeword_statistics", mutates_args=())
 def codeword_statistics(labels: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Labels K x N, targets K x N x H -> how often each of `size` codewords was assigned (K x V) and the sums of its
     targets (K x V x H), both float32. Deterministic. (`StatisticsBuffer.add` has the plain form.)"""

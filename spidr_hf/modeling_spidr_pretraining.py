@@ -20,6 +20,7 @@ from .codebooks_spidr import (
     perplexity,
 )
 from .configuration_spidr import SpidrConfig
+from .kernels_spidr import NAMESPACE
 from .layers_spidr import SpidrEncoderOutput, gather_frames
 from .modeling_spidr_base import SpidrModel, SpidrPreTrainedModel, frame_mask
 from .objectives_spidr import get_objective
@@ -156,7 +157,8 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         self.teacher = SpidrTeacher(config)
         self.register_buffer("current_step", torch.zeros(1, dtype=torch.int64))
         self.statistics: StatisticsBuffer | None = None
-        self._forwards = 0  # with gradients, since the last update
+        # Forwards with gradients since the last update.
+        self._forwards = torch.zeros((), dtype=torch.int64, device="cpu")
         self.post_init()
         self.teacher.eval()
         self._set_trainable()
@@ -238,8 +240,8 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
             with torch.no_grad():
                 predictions = log_probs.exp().mean(1)
         if self.training:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._count_forward()
+            if torch.is_grad_enabled():
+                _count_forward(self._forwards)
             self._accumulate(labels, targets, layer_losses, predictions)
         return SpidrForPretrainingOutput(
             loss=layer_losses.mean(),
@@ -276,15 +278,6 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         )
         return _fill_padding(labels.view(-1, batch, length).transpose(0, 1), frame_mask(lengths, length))
 
-    def _count_forward(self) -> None:
-        self._forwards += 1
-        if self._forwards == FORWARDS_WITHOUT_UPDATE:
-            logger.warning_once(
-                f"{self._forwards} forwards in training without `update_teacher`: the teacher, the codebooks and the "
-                "step stand still. With a Trainer, pass `callbacks=[SpidrTrainerCallback()]` (from spidr_hf); in a "
-                "loop of your own call `model.update_teacher(step)` after every `optimizer.step()`."
-            )
-
     def _accumulate(self, labels: Tensor, targets: Tensor, layer_losses: Tensor, predictions: Tensor) -> None:
         if self.statistics is None or self.statistics.flat.device != labels.device:
             self.statistics = StatisticsBuffer(self.config, labels.device)
@@ -302,7 +295,7 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
 
     def discard_statistics(self) -> None:
         """Forgets what was seen since the last update, for an update that is skipped."""
-        self._forwards = 0
+        self._forwards.zero_()
         if self.statistics is not None:
             self.statistics.clear()
 
@@ -320,7 +313,8 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
         """
         if step < 1:
             raise ValueError(f"Steps are counted from 1, got {step}.")
-        self._forwards, self.missing_weights = 0, frozenset()
+        self._forwards.zero_()
+        self.missing_weights = frozenset()
         if self.statistics is not None and not self.statistics.empty:
             self.statistics.share()
             self.codebooks.update(self.statistics.counts, self.statistics.sums, where)
@@ -378,6 +372,23 @@ class SpidrForAudioTokenization(_CodebookPredictions, SpidrPreTrainedModel):
     ) -> SpidrAudioTokenizationOutput:
         """The same as `encode`."""
         return self.encode(input_values, attention_mask, **kwargs)
+
+
+# A compiled graph runs no Python but its operators, so this is one. On the CPU nothing waits for the device.
+@torch.library.custom_op(f"{NAMESPACE}::count_forward", mutates_args=("count",))
+def _count_forward(count: Tensor) -> None:
+    count.add_(1)
+    if int(count) == FORWARDS_WITHOUT_UPDATE:
+        logger.warning_once(
+            f"{FORWARDS_WITHOUT_UPDATE} forwards in training without `update_teacher`: the teacher, the codebooks and "
+            "the step stand still. With a Trainer, pass `callbacks=[SpidrTrainerCallback()]` (from spidr_hf); in a "
+            "loop of your own call `model.update_teacher(step)` after every `optimizer.step()`."
+        )
+
+
+@_count_forward.register_fake
+def _(count):
+    pass
 
 
 def _move_towards(pairs: list[tuple[Tensor, Tensor]], weight: float, where: Tensor | None) -> None:

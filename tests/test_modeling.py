@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from tiny import VARIANTS, random_mask, tiny_config, tiny_model
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModel, AutoModelForAudioTokenization, AutoModelForPreTraining
 
 from spidr_hf import SpidrForAudioTokenization, SpidrForPretraining, SpidrModel, modeling_spidr_pretraining
@@ -562,19 +563,30 @@ def test_padding_stands_at_the_end(said):
     assert len(said()) == 1 and "padding before samples" in said()[0]
 
 
-def test_a_loop_that_forgets_the_teacher_is_told_once(said, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_loop_that_forgets_the_teacher_is_told_once(compiled, said, monkeypatch):
     assert modeling_spidr_pretraining.FORWARDS_WITHOUT_UPDATE == 500
     monkeypatch.setattr(modeling_spidr_pretraining, "FORWARDS_WITHOUT_UPDATE", 4)
-    model, batch = tiny_model().train(), torch.randn(1, 2000)
+    model, batch, graphs = tiny_model().train(), torch.randn(1, 2000), CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    run = torch.compile(model, backend=graphs, fullgraph=True) if compiled else model
     for step in range(1, 4):
         for _ in range(3):
-            model(batch)
+            run(batch)
         model.update_teacher(step)
+    for _ in range(3):
+        run(batch)
+    model.discard_statistics()
+    known = graphs.frame_count
     with torch.no_grad():
         for _ in range(5):
-            model(batch)
-    model.eval()(batch)
+            run(batch)
+    model.eval()
+    run(batch)
     assert not said()
+    model.train()
     for _ in range(9):
-        model.train()(batch)
+        run(batch)
     assert len(said()) == 1 and "SpidrTrainerCallback" in said()[0] and "update_teacher" in said()[0]
+    # Whatever the count stands at, the graph is the same: the first forward makes the buffer of statistics.
+    assert known == (2 if compiled else 0) and graphs.frame_count == (4 if compiled else 0)
