@@ -14,10 +14,10 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "benchmark_cuda.py"
 PINNED = "2.13.0"
 # 20 utterances of 11.875 s in bfloat16: operations that move data, GB, GiB at the fullest moment.
 TWO_LAYERS = {
-    "own kernels": (419, 25.76, 3.45),
-    "padded": (500, 27.48, 3.46),
-    "after the freeze": (336, 15.28, 1.75),
-    "plain": (596, 76.65, 8.78),
+    "own kernels": (364, 25.4, 3.45),
+    "padded": (427, 27.12, 3.48),
+    "after the freeze": (295, 14.96, 1.75),
+    "plain": (558, 76.58, 8.82),
 }
 BASE = {
     "own kernels": (746, 61.59, 8.34),
