@@ -85,7 +85,16 @@ C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
 _PRETENDING = "SPIDR_HF_COUNTS"
 # What writes without having read, and what moves nothing.
 _ONLY_WRITE = ("zero_", "fill_", "copy_")
-_MOVE_NOTHING = ("device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+_MOVE_NOTHING = (
+    "count_forward",
+    "device",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+)
 _ASK = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
 
 
@@ -262,12 +271,15 @@ def _moved(func, args, kwargs, out) -> int:
     """Bytes of every tensor that goes in or comes out, of those changed in place twice."""
     different = {id(x): x for x in _tensors((args, kwargs, out))}
     total = _size(list(different.values()))
-    if func.overloadpacket.__name__ == "scatter_rows":  # reads and writes again the rows that it adds to
+    name = func.overloadpacket.__name__
+    if name == "gather_rows":  # reads of whole representations the rows alone
+        total -= sum(_size([x.flatten(0, 1)[len(args[1]) :]]) for x in args[0] if x.dim() > 2)
+    if name == "scatter_rows":  # reads and writes again the rows that it adds to
         total += 2 * _size([args[0][: args[2]]])
-    if func.overloadpacket.__name__ in _ONLY_WRITE:
+    if name in _ONLY_WRITE:
         return total
     # Fused optimizers write gradients only where they scale them.
-    read_only = func.overloadpacket.__name__.startswith("_fused_") and kwargs.get("grad_scale") is None
+    read_only = name.startswith("_fused_") and kwargs.get("grad_scale") is None
     for index, argument in enumerate(func._schema.arguments):
         if read_only and argument.name == "grads":
             continue
