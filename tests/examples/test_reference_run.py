@@ -124,7 +124,7 @@ def test_another_run_is_not_continued(spidr, tmp_path):
     spidr("run", 2)
     with pytest.raises(SystemExit, match="seed 0, not 1"):
         spidr("run", 4, "--seed", "1")
-    with pytest.raises(SystemExit, match="has 2 updates"):
+    with pytest.raises(SystemExit, match="is at update 2"):
         spidr("run", 2)
     torch.save(torch.load(tmp_path / "init.pt"), tmp_path / "run.pt")
     with pytest.raises(SystemExit, match="no run to resume"):
