@@ -1,10 +1,8 @@
 """The wheel: complete, and enough without the repository. Version, changelog and citation agree."""
 
-import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,14 +18,13 @@ import yaml
 from huggingface_hub import ModelCard
 from packaging.version import Version
 from tiny import tiny_model
+from walk import ROOT, build_wheel
 
 import spidr_hf
 from spidr_hf import SpidrFeatureExtractor
 from spidr_hf.data.manifests import read_manifest
 
-ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ("spidr_hf", "conversion", "model_cards", "examples")  # folders that the wheel holds
-COPIED = (*SHIPPED, "pyproject.toml", "README.md", "LICENSE")
 FIXTURE = ROOT / "tests" / "fixtures" / "parity" / "spidr-tiny" / "checkpoint.pt"
 
 # Run with nothing of the repository in reach: every module, the pipeline, the Auto classes.
@@ -91,20 +88,9 @@ def packaged_files() -> set[str]:
 
 @pytest.mark.slow
 def test_the_wheel_works_without_the_repository(tmp_path):
-    for name in ("build", "setuptools"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, source / name)
-    # The wheel is built from the sdist, so it proves that one, too.
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", source, cwd=tmp_path)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    dist = build_wheel(tmp_path)
+    (wheel,) = dist.glob("*.whl")
+    (sdist,) = dist.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == packaged_files()

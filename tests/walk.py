@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
 import soundfile
 import torch
 
@@ -67,6 +69,16 @@ def own_environment(folder: Path) -> dict[str, str]:
     }
 
 
+def build_wheel(folder: Path) -> Path:
+    """Builds the sdist and from it the wheel, which so proves the sdist, too; both lie in the folder returned."""
+    for name in ("build", "setuptools"):
+        pytest.importorskip(name)
+    source = copy_repository(folder / "source", shortened=False)
+    line = f"{shlex.quote(sys.executable)} -m build --no-isolation --outdir ../dist ."
+    type_in(line, source, {name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+    return folder / "dist"
+
+
 def type_in(line: str, folder: Path, environment: Mapping[str, str]) -> None:
     """Run a command line as a person in `folder` would; it must end well."""
     result = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
@@ -108,6 +120,7 @@ __all__ = [
     "COPIED",
     "ROOT",
     "STEPS",
+    "build_wheel",
     "command_lines",
     "copy_repository",
     "own_environment",
