@@ -53,7 +53,8 @@ def start_trackers(
     wandb = {"name": name, "dir": str(folder), "id": identifier, "resume": "allow"}
     if mode is not None:
         wandb["mode"] = mode
-    init = {"wandb": wandb, "trackio": {"name": name, "resume": "allow"}}
+    # trackio knows a run by its name alone; folders of other runs may have the same.
+    init = {"wandb": wandb, "trackio": {"name": f"{name}-{identifier}", "resume": "allow"}}
     accelerator.init_trackers(project or "spidr", config=config, init_kwargs=init)
     return range(step + 1, sent + 1) if tracker in init else range(0)
 

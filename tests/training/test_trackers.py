@@ -39,7 +39,10 @@ def test_what_keeps_its_steps_is_not_sent_them_twice(tmp_path, tracker, monkeypa
         again = start_trackers(accelerator, tracker, tmp_path, step=start, reached=reached)
         sent += [step for step in range(start + 1, stop + 1) if step not in again]
     assert sent == list(range(1, 21))
-    assert begun[0].get("id") == begun[-1].get("id") and begun[0]["resume"] == "allow"
-    # A folder that another tracker, or none, was used in: all is new to this one.
-    (tmp_path / "new").mkdir()
-    assert not start_trackers(accelerator, tracker, tmp_path / "new", step=10, reached=13)
+    assert all(run == begun[0] and run["resume"] == "allow" for run in begun)
+    # A folder that another tracker, or none, was used in: all is new to this one, whatever the folder is called.
+    new = tmp_path / "new" / tmp_path.name
+    new.mkdir(parents=True)
+    assert not start_trackers(accelerator, tracker, new, step=10, reached=13)
+    known = "id" if tracker == "wandb" else "name"
+    assert begun[-1][known] != begun[0][known]
