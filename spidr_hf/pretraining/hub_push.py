@@ -66,7 +66,7 @@ class HubPush(Observer):
 
     def saved(self, folder: Path) -> None:
         """Upload the model of a complete checkpoint, as soon as there is time. Returns at once."""
-        step = folder.name.removeprefix("step_")
+        step = int(folder.name.removeprefix("step_"))
         try:
             self._enqueue(self._model_folder(folder, f"A checkpoint after {counted(step, 'update')}."), f"Step {step}")
         except OSError as error:

@@ -107,7 +107,7 @@ class StreamLoader:
         self._workers = max(1, config.data.num_workers)
         # Of other audio, the places mean nothing.
         before = state.stream if state.stream.get("data") == source.fingerprint else {}
-        processes, workers = len(before.get("ranks", ())), before.get("workers")
+        processes, workers = len(before.get("ranks", ())), before.get("workers", 0)
         if before and (processes, workers) != (world_size, self._workers):
             raise BatchingError(
                 f"This run streams its audio with {counted(processes, 'process')} of {counted(workers, 'worker')} and "
