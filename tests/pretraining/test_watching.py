@@ -241,7 +241,8 @@ def test_any_tracker_of_accelerate(config, tmp_path, monkeypatch):
     options = ["--run.tracker", "trackio", "--run.wandb_project", "speech", "--run.log_interval", "4"]
     folder = pretrain_here(config, tmp_path / "run", *options)
     (project, given), values = started
-    assert project == "speech" and given["name"].startswith("run-")
+    identifier = (folder / ".tracker_id").read_text().split()[0]
+    assert project == "speech" and given["name"] == f"run-{identifier}"
     assert values == load_config(folder / "config.toml").to_dict()
     assert [step for step, _ in logged] == [4, 8, 12]
     assert logged[0][1]["loss"] == rows(folder)[0]["loss"]
