@@ -142,6 +142,9 @@ class SpidrForPretraining(_CodebookPredictions, SpidrPreTrainedModel):
 
     Several forwards before `update_teacher` count as one large batch for the codebooks, and so do the forwards of all
     processes. `forward` itself never communicates.
+
+    Quantisation takes every Linear, the teacher's too, and a quantised teacher gives other targets:
+    `TorchAoConfig(..., modules_to_not_convert=["teacher"])` keeps it in float32.
     """
 
     _keys_to_ignore_on_load_unexpected = None  # type: ignore[assignment]  # all of the file is this model's
