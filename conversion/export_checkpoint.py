@@ -19,7 +19,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 
 import torch
 
-from spidr_hf.system.commands import HelpFormatter
+from spidr_hf.system.commands import HelpFormatter, output_path
 from spidr_hf.system.files import new_parents, publish, unfinished
 from spidr_hf.system.messages import one_line, shown
 
@@ -80,7 +80,7 @@ def export(folder: str | os.PathLike, output: str | os.PathLike, *, allow_non_fi
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, prog="export_checkpoint.py")
     parser.add_argument("folder", metavar="FOLDER", help="a converted or trained pretraining model")
-    parser.add_argument("output", metavar="OUTPUT.pt", help="the checkpoint to write")
+    parser.add_argument("output", type=output_path, metavar="OUTPUT.pt", help="the checkpoint to write")
     parser.add_argument("--allow-non-finite", action="store_true", help=ALLOW_NON_FINITE)
     options = parser.parse_args(arguments)
     try:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining
-from spidr_hf.system.files import replaced_folder
+from spidr_hf.system.files import check_place, replaced_folder
 from spidr_hf.system.messages import shown
 
 from .errors import ConversionError, writing
@@ -43,6 +43,10 @@ def check_free(target: Path) -> None:
         raise ConversionError(f"{shown(target)} exists and is not empty. Remove it or give another folder.")
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{shown(target)} is a file. Give a folder.")
+    try:
+        check_place(target / "config.json")
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
 
 
 def save_model(converted: Converted, folder: Path) -> None:

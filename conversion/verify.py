@@ -1,6 +1,5 @@
 """Runs a converted model beside the released `spidr` package and measures how far apart they are."""
 
-import importlib.util
 import os
 from collections.abc import Iterable
 
@@ -17,11 +16,14 @@ _SECONDS = (1.0, 3.7)
 
 
 def require_spidr() -> None:
-    """Refuses where the `spidr` package is missing."""
-    if importlib.util.find_spec("spidr") is None:
+    """Refuses where the `spidr` package is missing, or cannot be used."""
+    try:
+        import spidr.models  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
         raise ConversionError(
-            "--verify compares with the `spidr` package, which is not installed: pip install spidr (Python >= 3.12)."
-        )
+            f"--verify compares with the `spidr` package, which cannot be imported ({error}): pip install spidr "
+            "(Python >= 3.12)."
+        ) from error
 
 
 def compare_with_spidr(folder: str | os.PathLike, waveforms: Iterable[Tensor] | None = None) -> dict[str, float]:

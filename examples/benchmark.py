@@ -55,7 +55,7 @@ from spidr_hf.data.masking import SpanMask, masked_frames
 from spidr_hf.data.sections import DataSection, MaskingSection
 from spidr_hf.pretraining.memory import training_memory
 from spidr_hf.system.allocation import keep_freed_memory, prepare_training_process
-from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path, picture_path
 from spidr_hf.system.files import replaced_file, write_text
 from spidr_hf.system.processes import device_of
 from spidr_hf.units.extractor import Extractor, feature_outputs
@@ -477,7 +477,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     args = parse_args()
-    with clear_errors():
+    with clear_errors(needs=["matplotlib"] if args.plot else []):
         if args.threads:
             torch.set_num_threads(args.threads)
         machine = describe_machine(device_of(args.device))
@@ -570,8 +570,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one"
     )
-    parser.add_argument("--json", type=user_path, help="write the numbers here, too")
-    parser.add_argument("--plot", type=user_path, help="draw cost against length here (needs matplotlib)")
+    parser.add_argument("--json", type=output_path, help="write the numbers here, too")
+    parser.add_argument("--plot", type=picture_path, help="draw cost against length here (needs matplotlib)")
     args = parser.parse_args()
     args.size = args.size or ("base" if args.targets else "tiny")
     # Training comes first: casting for inference rounds the weights, and losses are compared before.

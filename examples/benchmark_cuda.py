@@ -51,7 +51,7 @@ from spidr_hf.kernels_spidr import (
     plain_norm_gelu,
     use_kernels,
 )
-from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.processes import device_of
 
@@ -428,7 +428,7 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one"
     )
-    parser.add_argument("--json", type=user_path, help="write the rows here, too")
+    parser.add_argument("--json", type=output_path, help="write the rows here, too")
     args = parser.parse_args()
     if min(args.batch, args.rounds, args.steps, args.top) < 1 or args.seconds < 0.1:
         parser.error("--batch, --rounds, --steps and --top must be at least 1, --seconds at least 0.1")

@@ -24,7 +24,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 import numpy as np
 
 from spidr_hf.data.manifests import scan_tar
-from spidr_hf.system.commands import HelpFormatter, user_path
+from spidr_hf.system.commands import HelpFormatter, output_path
 from spidr_hf.system.messages import counted
 
 from .benchmarks.data_costs import (
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="decoding workers whose memory is looked at")
     parser.add_argument("--batches", type=int, default=4_320_000, help="length of the simulated run; 0: none")
     parser.add_argument("--utterances", type=int, default=40, help="utterances of 12 s to decode")
-    parser.add_argument("--json", type=user_path, help="write the numbers here, too")
+    parser.add_argument("--json", type=output_path, help="write the numbers here, too")
     args = parser.parse_args()
     if min(args.rows) < 1 or args.workers < 1 or args.batches < 0 or args.utterances < 1:
         parser.error("--rows, --workers and --utterances must be at least 1, --batches at least 0")

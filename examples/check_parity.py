@@ -31,7 +31,7 @@ from spidr_hf.conversion.errors import ConversionError
 from spidr_hf.conversion.spidr_format import from_spidr
 from spidr_hf.kernels_spidr import kernels_run, use_kernels
 from spidr_hf.pretraining.setup import compile_layers
-from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.processes import device_of
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one"
     )
-    parser.add_argument("--json", type=user_path, metavar="OUT", help="write the numbers there, too")
+    parser.add_argument("--json", type=output_path, metavar="OUT", help="write the numbers there, too")
     args = parser.parse_args()
     with clear_errors():
         device = device_of(args.device)

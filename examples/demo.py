@@ -30,10 +30,8 @@ from spidr_hf import SpidrConfig, SpidrFeatureExtractor, SpidrForPretraining
 from spidr_hf.data.alignments import read_alignments
 from spidr_hf.data.manifests import Manifest, read_manifest
 from spidr_hf.evaluation.phones import count_pairs, pnmi
-from spidr_hf.plots.figures import run_figure
-from spidr_hf.plots.palette import unit_colours
 from spidr_hf.pretraining.start import initial_model
-from spidr_hf.system.commands import HelpFormatter, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
 from spidr_hf.system.messages import counted, duration
 from spidr_hf.units.unit_files import describe_model, predict_units, write_units
 
@@ -52,8 +50,13 @@ def main() -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier demo left and begin anew")
     args = parser.parse_args()
-    run, config = args.output_dir.resolve(), args.config.resolve()
-    if args.fresh and (run / "metrics.jsonl").exists():
+    with clear_errors("train", needs=["matplotlib"]):
+        demo(args.output_dir.resolve(), args.config.resolve(), args.fresh)
+
+
+def demo(run: Path, config: Path, fresh: bool) -> None:
+    """Everything, in the folder `run`."""
+    if fresh and (run / "metrics.jsonl").exists():
         shutil.rmtree(run)
 
     start, finished_before = time.time(), (run / "final").exists()
@@ -128,6 +131,9 @@ def draw(
     scores: Mapping[str, Mapping[int, float]],
 ) -> None:
     """The page of this run, with the held-out utterance whose length suits a page best."""
+    from spidr_hf.plots.figures import run_figure
+    from spidr_hf.plots.palette import unit_colours
+
     i = int(np.abs(held_out.num_samples - 3.6 * 16_000).argmin())
     fileid = held_out.fileid(i)
     texts = {row["id"]: row["text"] for row in map(json.loads, (DATA / "alignments.jsonl").open(encoding="utf-8"))}

@@ -13,6 +13,7 @@ Needs the extra `demo`: pip install 'spidr_hf[demo]'.
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,16 +59,30 @@ def main() -> None:
     args = parser.parse_args()
     if args.port is not None and not 0 < args.port < 65_536:
         parser.error(f"--port must lie between 1 and 65535, got {args.port}.")
-    with clear_errors("demo"), temporary_folder():
+    with clear_errors("demo", needs=["gradio", "matplotlib", "rapidfuzz"]), temporary_folder():
+        device = device_of(args.device)
+        if args.port is not None:
+            check_free(args.port)
         if not args.model and not DEMO_MODEL.exists():
             raise ValueError("Say which model: --model facebook/spidr-base, for example; or run `make demo` first.")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import: no telemetry, no look for a newer version
         names = args.model or [str(DEMO_MODEL)]
-        models = {
-            name: load_model(SpidrForAudioTokenization, name, device=device_of(args.device))
-            for name in dict.fromkeys(names)
-        }
+        models = {name: load_model(SpidrForAudioTokenization, name, device=device) for name in dict.fromkeys(names)}
         launch(models, args.port, args.share)
+
+
+def check_free(port: int) -> None:
+    """Raises `ValueError` where the page cannot have the port: models of gigabytes are loaded after this."""
+    # As Gradio asks, which would be the last to tell.
+    with socket.socket() as asked:
+        asked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            asked.bind((os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), port))
+        except OSError as error:
+            raise ValueError(
+                f"--port {port} cannot be used ({error.strerror}): choose another, or leave --port out for the first "
+                "free one from 7860 on."
+            ) from error
 
 
 def launch(models: dict[str, Any], port: int | None, share: bool) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from spidr_hf.evaluation.abx import FREQUENCY, Token, abx, read_items
 from spidr_hf.hub.card import add_results, evaluation_results
-from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path, picture_path, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.messages import counted
 from spidr_hf.system.names import match_names
@@ -60,8 +60,8 @@ def main() -> None:
     parser.add_argument("--frequency", type=int, default=FREQUENCY, help="frames per second")
     parser.add_argument("--backend", choices=("auto", "fastabx", "own"), default="auto")
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--json", type=user_path, metavar="OUT", help="write the scores there")
-    parser.add_argument("--plot", type=user_path, metavar="PICTURE", help="draw curves over layers")
+    parser.add_argument("--json", type=output_path, metavar="OUT", help="write the scores there")
+    parser.add_argument("--plot", type=picture_path, metavar="PICTURE", help="draw curves over layers")
     parser.add_argument(
         "--card", nargs=2, metavar=("MODEL", "NAME"), help="tell MODEL's card the scores, as of data NAME"
     )
@@ -69,8 +69,13 @@ def main() -> None:
     with clear_errors():
         if args.plot:  # what is missing is told before anything is computed
             from spidr_hf.plots.figures import layer_figure, save_figure
+        device = device_of(args.device)
+        if args.backend == "fastabx" and not args.units and importlib.util.find_spec("fastabx") is None:
+            raise ValueError("fastabx is not installed (it needs Python >= 3.12): pip install fastabx.")
         tokens = read_items(args.item, args.frequency)
         files = unit_files(args.features) if args.units else layer_folders(args.features)
+        if args.plot and None in files:
+            raise ValueError("--plot draws curves over layers: give the folder above the layers' folders.")
         speakers = chosen_speakers(args.speaker, tokens)
         limits = {"max_size_group": args.max_size_group or None, "max_x_across": args.max_x_across or None}
         scores: dict[int | None, dict[str, float]] = {}
@@ -88,7 +93,7 @@ def main() -> None:
                         speaker=speaker,
                         context=args.context,
                         seed=args.seed,
-                        device=device_of(args.device),
+                        device=device,
                         progress=True,
                         **limits,
                     )
@@ -105,8 +110,6 @@ def main() -> None:
                 shares = {f"{kind}_{speaker}": value / 100 for speaker, value in values.items()}
                 add_results(user_path(model), evaluation_results(shares, name, layer=layer))
         if args.plot:
-            if single:
-                raise ValueError("--plot draws curves over layers: give the folder above the layers' folders.")
             save_figure(layer_figure(scores, titles=("ABX error (%)",), chance=50), args.plot)
         for layer, values in scores.items():
             name = "" if layer is None else f"layer {layer}: "
@@ -170,10 +173,8 @@ def by_fastabx(
     args: argparse.Namespace, folder: Path, files: FeatureFiles, speaker: str, limits: dict[str, int | None]
 ) -> float:
     """The same by fastabx."""
-    try:
-        from fastabx import zerospeech_abx
-    except ImportError as error:
-        raise ValueError("fastabx is not installed (it needs Python >= 3.12): pip install fastabx.") from error
+    from fastabx import zerospeech_abx
+
     return zerospeech_abx(
         args.item,
         folder,

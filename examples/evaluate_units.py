@@ -39,7 +39,7 @@ from spidr_hf.data.alignments import SILENCES, read_alignments
 from spidr_hf.evaluation.discovery import ASSIGNMENTS, discovery_scores
 from spidr_hf.evaluation.phones import agreement, all_scores, count_pairs
 from spidr_hf.hub.card import add_results, evaluation_results
-from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path, picture_path, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.messages import counted
 from spidr_hf.system.names import match_names
@@ -52,8 +52,8 @@ def main() -> None:
         "units", type=user_path, metavar="UNITS_JSONL", help="file of units, or folder with one per layer"
     )
     parser.add_argument("alignments", type=user_path, metavar="ALIGNMENTS", help="see above")
-    parser.add_argument("--json", type=user_path, metavar="OUT", help="write the scores there")
-    parser.add_argument("--plot", type=user_path, metavar="PICTURE", help="draw a picture (.png, .pdf, .svg)")
+    parser.add_argument("--json", type=output_path, metavar="OUT", help="write the scores there")
+    parser.add_argument("--plot", type=picture_path, metavar="PICTURE", help="draw a picture (.png, .pdf, .svg)")
     parser.add_argument(
         "--card", nargs=2, metavar=("MODEL", "NAME"), help="tell MODEL's card the scores, as of data NAME"
     )

@@ -75,14 +75,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     die_with_launcher()
-    with clear_errors("finetune"):
+    with clear_errors("finetune", needs=["matplotlib"]):
         run(args)
 
 
 def run(args: argparse.Namespace) -> None:
     """Opens everything, trains, and prints the scores."""
-    import matplotlib  # noqa: F401 (what draws at the end is missed before the training)
-
     settings = settings_of(args)
     prepare_training_process()
     state = start_processes()

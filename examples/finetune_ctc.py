@@ -55,6 +55,7 @@ from spidr_hf.finetuning.ctc import (
     CTCTask,
     NgramDecoder,
     blank_share,
+    check_ngram,
     expect_blanks,
     make_tokenizer,
     normalize_text,
@@ -81,16 +82,15 @@ def main() -> None:
     group.add_argument("--beam-width", type=int, default=100)
     args = parser.parse_args()
     die_with_launcher()
-    with clear_errors("finetune"):
+    with clear_errors("finetune", needs=["jiwer", "matplotlib"]):
         run(args)
 
 
 def run(args: argparse.Namespace) -> None:
     """Opens everything, trains, and prints the error rates."""
-    import jiwer  # noqa: F401 (what scores and draws is missed before the training)
-    import matplotlib  # noqa: F401
-
     settings = settings_of(args)
+    if args.ngram:
+        check_ngram(args.ngram)
     prepare_training_process()
     state = start_processes()
     targets, splits = open_splits(args, lambda data, source: read_targets(args, data, source))

@@ -20,7 +20,7 @@ from spidr_hf.configuration_spidr import SAMPLING_RATE
 from spidr_hf.data.alignments import read_alignments
 from spidr_hf.data.open import open_data
 from spidr_hf.evaluation.phones import count_pairs
-from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, picture_path, user_path
 from spidr_hf.system.messages import counted
 from spidr_hf.system.names import match_names
 from spidr_hf.units.unit_files import read_units, unit_files
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("data", metavar="DATA", help="manifest, folder of audio files, .tar, or data set")
     parser.add_argument("units", type=user_path, metavar="UNITS", help="file of units, or folder with one per layer")
-    parser.add_argument("picture", type=user_path, metavar="PICTURE", help="what to write: .png, .pdf, .svg")
+    parser.add_argument("picture", type=picture_path, metavar="PICTURE", help="what to write: .png, .pdf, .svg")
     parser.add_argument("--file", metavar="FILEID", help="which utterance (default: the first that has units)")
     parser.add_argument("--alignments", type=user_path, help="phones, as for evaluate_units.py")
     parser.add_argument(

@@ -24,7 +24,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.messages import counted
 from spidr_hf.system.processes import device_of
@@ -45,19 +45,20 @@ def main() -> None:
     parser.add_argument("--group", metavar="COLUMN", help="accuracy by this column, too")
     parser.add_argument("--no-normalize", action="store_true", help="log-probabilities of whole sequences")
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--json", type=user_path, metavar="OUT", help="write accuracies there")
+    parser.add_argument("--json", type=output_path, metavar="OUT", help="write accuracies there")
     parser.add_argument(
-        "--scores", type=user_path, metavar="OUT", help="write the log-probabilities of each pair: .csv"
+        "--scores", type=output_path, metavar="OUT", help="write the log-probabilities of each pair: .csv"
     )
     args = parser.parse_args()
     with clear_errors():
+        device = device_of(args.device)
         if not args.pairs.is_file():
             raise ValueError(f"{args.pairs}: no such file of pairs.")
         if Path(args.model).exists() and not Path(args.model, "config.json").exists():
             raise ValueError(f"{args.model} is no model folder: there is no config.json in it.")
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.model)
-            model = AutoModelForCausalLM.from_pretrained(args.model).to(device_of(args.device))
+            model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
         except (OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise ValueError(f"The language model {args.model} cannot be loaded: {first_line}") from error

@@ -26,7 +26,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from spidr_hf import __version__
-from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path, user_path
 from spidr_hf.system.messages import counted
 from spidr_hf.system.processes import RunLock
 from spidr_hf.system.tables import read_table
@@ -37,14 +37,14 @@ from spidr_hf.units.kmeans import FEATURES_SIDECAR, feature_files, load_kmeans, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("features", type=user_path, metavar="FEATURES", help="folder of one layer's .pt or .npy files")
-    parser.add_argument("out", type=user_path, metavar="OUT", help="file to write: .safetensors")
+    parser.add_argument("out", type=output_path, metavar="OUT", help="file to write: .safetensors")
     parser.add_argument("--clusters", type=int, required=True, metavar="N", help="how many units")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-frames", type=int, default=5_000_000, help="default: 5 000 000 (28 h)")
     parser.add_argument("--max-iterations", type=int, default=100, help="passes over the frames")
     parser.add_argument("--overwrite", action="store_true", help="replace a k-means of other features or options")
     args = parser.parse_args()
-    with clear_errors(), one_at_a_time(args.out):
+    with clear_errors(needs=["sklearn"]), one_at_a_time(args.out):
         if args.out.suffix != ".safetensors":
             raise ValueError(f"{args.out}: a k-means is written as .safetensors.")
         files = feature_files(args.features)

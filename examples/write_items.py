@@ -20,7 +20,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 from spidr_hf.configuration_spidr import frame_lengths
 from spidr_hf.data.alignments import SILENCES, read_alignments, write_items
 from spidr_hf.modeling_spidr import SpidrConfig
-from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path, user_path
 from spidr_hf.system.messages import counted
 from spidr_hf.system.tables import json_lines, text_lines
 
@@ -28,7 +28,7 @@ from spidr_hf.system.tables import json_lines, text_lines
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("alignments", type=user_path, metavar="ALIGNMENTS", help="JSON lines, TextGrids or CTM")
-    parser.add_argument("out", type=user_path, metavar="OUT", help="the .item file")
+    parser.add_argument("out", type=output_path, metavar="OUT", help="the .item file")
     parser.add_argument(
         "--speakers",
         type=user_path,

@@ -15,7 +15,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
 from spidr_hf.data.manifests import scan_folder, scan_tar
-from spidr_hf.system.commands import HelpFormatter, user_path
+from spidr_hf.system.commands import HelpFormatter, output_path, user_path
 from spidr_hf.system.errors import ManifestError
 from spidr_hf.system.messages import counted, duration
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("audio", type=user_path, metavar="AUDIO_DIR_OR_TAR", help="folder of audio files, or a .tar")
     parser.add_argument(
-        "output", type=user_path, metavar="OUTPUT", help="manifest to write: .csv, .jsonl or .tsv (fairseq)"
+        "output", type=output_path, metavar="OUTPUT", help="manifest to write: .csv, .jsonl or .tsv (fairseq)"
     )
     parser.add_argument("--ext", nargs="+", help="only files with these suffixes (default: every audio format)")
     parser.add_argument("--resample", action="store_true", help="keep audio of any rate and number of channels")

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ NAMES = sorted(name for names in COMMANDS.values() for name in names)
 def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:
     """Status, and all that was printed."""
     monkeypatch.setattr(sys, "argv", ["spidr-hf", *map(str, arguments)])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # else some start a process anew in place of this one
     status: object = 0
     try:
         main()
@@ -76,6 +78,25 @@ def options_of(command: str) -> list[str]:
     """The options that a command's parser has."""
     usage = parser_of(command).format_usage()
     return sorted(set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", usage)) - {"-h", "--help"})
+
+
+def arguments_of(command: str, **given: str) -> list[str]:
+    """What a command must be given, none of which is there; by their names, what it is `given` besides, or instead."""
+    arguments = []
+    for action in parser_of(command)._actions:
+        if action.dest not in given and not action.required:
+            continue
+        value = given.get(action.dest) or (
+            next(iter(action.choices)) if action.choices else "2" if action.type is int else "nothing"
+        )
+        arguments += [*action.option_strings[-1:], *[value] * (action.nargs if isinstance(action.nargs, int) else 1)]
+    return arguments
+
+
+def taking(*wanted: str) -> list[tuple[str, str]]:
+    """Commands, and which of these arguments they have; but the one that runs where this package is not."""
+    names = [name for name in NAMES if name != "reference-run"]
+    return [(name, a.dest) for name in names for a in parser_of(name)._actions if a.dest in wanted and a.nargs != 0]
 
 
 def test_every_command_has_a_name():
@@ -151,40 +172,81 @@ def test_help_needs_no_optional_package(nothing_optional):
         )
     done = subprocess.run([sys.executable, nothing_optional], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.count("usage: ") == len(NAMES), done.stderr[-2000:]
-    script = ROOT / "examples" / "s3prl" / "run_downstream.py"
-    text = (
-        nothing_optional.read_text().partition("import importlib")[0]
-        + f"import runpy\nsys.argv[1:] = sys.argv[2:]\nrunpy.run_path({str(script)!r}, run_name='__main__')\n"
-    )
-    nothing_optional.write_text(text)
-    for arguments, status, said in ((["--help"], 0, "All options are s3prl's"), ([], 1, "pip install s3prl")):
-        done = subprocess.run(
-            [sys.executable, nothing_optional, "x", *arguments], capture_output=True, text=True, cwd=ROOT
-        )
+    hidden = nothing_optional.read_text().partition("import importlib")[0]
+    for script, arguments, status, said in (
+        ("s3prl/run_downstream.py", ["--help"], 0, "All options are s3prl's"),
+        ("s3prl/run_downstream.py", [], 1, "pip install s3prl"),
+        ("demo.py", ["--help"], 0, "--fresh"),
+        ("demo.py", [], 1, "pip install 'spidr_hf[train]'"),
+    ):
+        path = str(ROOT / "examples" / script)
+        started = f"import runpy\nsys.argv[:1] = []\nrunpy.run_path({path!r}, run_name='__main__')\n"
+        nothing_optional.write_text(hidden + started)
+        command = [sys.executable, nothing_optional, path, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == status and said in done.stdout + done.stderr, done.stderr
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if arguments_of(name)])
+def test_what_is_not_there_is_said_in_one_line(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    status, printed = run(monkeypatch, capsys, name, *arguments_of(name))
+    line = printed.strip().splitlines()[-1]
+    assert status in (1, 2) and "error: " in line and "Traceback" not in printed, printed
+    assert not list(tmp_path.iterdir())
+
+
+PLACES = taking("device", "port", "plot", "picture", "json", "scores", "out", "output")
+
+
+@pytest.mark.parametrize(("name", "argument"), PLACES)
+def test_a_place_that_cannot_be_used_is_told_first(monkeypatch, capsys, tmp_path, name, argument):
+    """A device, a port, a file to write: whatever else the command is given, which is not there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        value = {"device": "nowhere", "port": str(taken.getsockname()[1])}.get(argument, "file/under")
+        status, printed = run(monkeypatch, capsys, name, *arguments_of(name, **{argument: value}))
+    line = printed.strip().splitlines()[-1]
+    assert status in (1, 2) and "error: " in line and value in line and "Traceback" not in printed, printed
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize(("name", "argument"), taking("plot", "picture"))
+def test_a_picture_ends_as_pictures_do(monkeypatch, capsys, name, argument):
+    status, printed = run(monkeypatch, capsys, name, *arguments_of(name, **{argument: "picture.doc"}))
+    assert status == 2 and printed.endswith("picture.doc: a picture ends in .png, .pdf or .svg.\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "package", "extra"),
+    ("arguments", "package", "install"),
     [
-        (("plot-units", "a", "b", "c.png"), "matplotlib", "eval"),
-        (("evaluate-units", "a", "b", "--plot", "c.png"), "matplotlib", "eval"),
-        (("evaluate-abx", "a", "b", "--plot", "c.png"), "matplotlib", "eval"),
-        (("finetune-ctc", "m", "d", "o", "--valid", "v"), "jiwer", "finetune"),
-        (("finetune-classification", "m", "d", "o", "--valid", "v", "--task", "frame"), "matplotlib", "finetune"),
+        ("plot-units a b c.png", "matplotlib", "'spidr_hf[eval]'"),
+        ("evaluate-units a b --plot c.png", "matplotlib", "'spidr_hf[eval]'"),
+        ("evaluate-abx a b --plot c.png", "matplotlib", "'spidr_hf[eval]'"),
+        ("evaluate-abx a b --backend fastabx", "fastabx", "fastabx"),
+        ("train-kmeans a b.safetensors --clusters 2", "sklearn", "'spidr_hf[eval]'"),
+        ("benchmark --plot c.png", "matplotlib", "'spidr_hf[eval]'"),
+        ("benchmark --peers spidr", "spidr", "spidr"),
+        ("demo-app --model a", "gradio", "'spidr_hf[demo]'"),
+        ("finetune-ctc a b c --valid d", "jiwer", "'spidr_hf[finetune]'"),
+        ("finetune-classification a b c --valid d --task frame", "matplotlib", "'spidr_hf[finetune]'"),
+        ("convert a b --verify", "spidr", "spidr"),
     ],
 )
-def test_a_missing_package_is_told_first(nothing_optional, arguments, package, extra):
+def test_a_missing_package_is_told_first(nothing_optional, arguments, package, install):
     """Before anything is read or computed, in one line that says what to install."""
     with nothing_optional.open("a") as file:
-        file.write(f"sys.argv[1:] = {list(arguments)}\nfrom spidr_hf.__main__ import main\nmain()\n")
+        file.write(f"sys.argv[1:] = {arguments.split()}\nfrom spidr_hf.__main__ import main\nmain()\n")
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run([sys.executable, nothing_optional], capture_output=True, text=True, cwd=ROOT, env=environment)
     line = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and line.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
-    assert package in line and f"pip install 'spidr_hf[{extra}]'" in line
+    assert done.returncode in (1, 2) and "error: " in line and "Traceback" not in done.stderr, done.stderr
+    assert not done.stdout and package in line and f"pip install {install}" in line
 
 
 @pytest.mark.slow

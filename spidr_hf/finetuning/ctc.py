@@ -1,5 +1,6 @@
 """Speech recognition and phone recognition by CTC: targets, tokenizers, decoding, error rates."""
 
+import importlib.util
 import json
 import math
 import tempfile
@@ -97,6 +98,18 @@ def error_rates(units: str, references: Sequence[str], hypotheses: Sequence[str]
     return {"wer": jiwer.wer(references, hypotheses), "cer": jiwer.cer(references, hypotheses)}
 
 
+def check_ngram(path: str | Path) -> None:
+    """Raises `ValueError` where there is no such language model, or what reads it is missing."""
+    # Without kenlm, pyctcdecode would only warn and continue without the language model.
+    if missing := [name for name in ("pyctcdecode", "kenlm") if importlib.util.find_spec(name) is None]:
+        raise ValueError(
+            f"n-gram decoding needs {' and '.join(missing)}: pip install pyctcdecode kenlm, in an environment that may "
+            "have an older numpy."
+        )
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such language model (an ARPA or KenLM file).")
+
+
 class NgramDecoder:
     """Beam search with an n-gram language model, by pyctcdecode (and kenlm, which reads the model).
 
@@ -106,7 +119,7 @@ class NgramDecoder:
         alpha, beta: weight of the language model, and what each word (or phone) earns.
         beam_width: hypotheses kept.
 
-    Raises `ValueError` where pyctcdecode or kenlm is missing.
+    Raises `ValueError` as `check_ngram` does.
     """
 
     def __init__(
@@ -118,16 +131,9 @@ class NgramDecoder:
         beta: float = 1.5,
         beam_width: int = 100,
     ):
-        try:
-            import kenlm  # noqa: F401 (pyctcdecode would only warn and continue without the language model)
-            from pyctcdecode import build_ctcdecoder
-        except ImportError as error:
-            raise ValueError(
-                f"n-gram decoding needs pyctcdecode and kenlm ({error}): pip install pyctcdecode kenlm, in an "
-                "environment that may have an older numpy."
-            ) from error
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such language model (an ARPA or KenLM file).")
+        check_ngram(path)
+        from pyctcdecode import build_ctcdecoder
+
         self.phones = isinstance(tokenizer, Wav2Vec2PhonemeCTCTokenizer)
         self.beam_width = beam_width
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -204,6 +210,7 @@ __all__ = [
     "CTCTask",
     "NgramDecoder",
     "blank_share",
+    "check_ngram",
     "encode",
     "error_rates",
     "expect_blanks",

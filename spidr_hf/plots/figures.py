@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 
 from ..evaluation.phones import Phones
-from ..system.files import replaced_file
+from ..system.files import check_picture, replaced_file
 from ..system.messages import counted
 from .curves import DASHES, FAINT, INK, MARKERS, SERIES, chart, draw_losses, draw_perplexities, from_zero
 from .palette import COLOURS, HATCHED, ink_on, manners, merge_phones, phone_name, unit_colour
@@ -371,11 +370,7 @@ def _draw_utterance(
 
 def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 120) -> None:
     """Write a picture that is complete or not there at all; its suffix says in which format."""
-    path = Path(path)
-    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
-    if path.suffix.lstrip(".").lower() not in formats:
-        raise ValueError(f"{path}: a picture ends in .png, .pdf or .svg.")
-    with replaced_file(path) as partial:
+    with replaced_file(check_picture(Path(path))) as partial:
         figure.savefig(partial, dpi=dpi)
 
 

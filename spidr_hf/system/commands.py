@@ -2,10 +2,11 @@
 
 import argparse
 import errno
+import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from .allocation import prepare_training_process
 from .errors import AudioError, BatchingError, ConfigError, ManifestError, RunFolderError
+from .files import check_picture, check_place
 from .messages import end_bars, log_above_bars, one_line
 from .processes import contact_lost, die_with_launcher, kill_workers
 from .shared_memory import worker_lost
@@ -42,11 +44,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 @contextmanager
-def clear_errors(extra: str = "eval") -> Iterator[None]:
+def clear_errors(extra: str = "eval", *, needs: Sequence[str] = ()) -> Iterator[None]:
     """Ends the command with one line and a non-zero status on bad input, a full disk, or Ctrl-C.
 
-    Where a module is missing, the line names the pip extra that brings it. What runs inside runs
-    `without_cudnn_attention`.
+    What runs inside runs `without_cudnn_attention`.
+
+    Args:
+        extra: where a module is missing, the line names this pip extra, which brings it.
+        needs: modules that come into use late, if they are here; one that is not is told before anything is done.
     """
     without_cudnn_attention()
     transformers_logging.set_verbosity_error()
@@ -54,6 +59,9 @@ def clear_errors(extra: str = "eval") -> Iterator[None]:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     log_above_bars()
     try:
+        for name in needs:
+            if importlib.util.find_spec(name) is None:
+                raise ModuleNotFoundError(f"No module named {name!r}")
         with _workers_end_first():
             yield
     except ModuleNotFoundError as error:
@@ -89,6 +97,22 @@ def _workers_end_first() -> Iterator[None]:
 def user_path(text: str) -> Path:
     """A path as people type it: `~` is their home, wherever it stands in an argument (`--output-dir=~/runs`)."""
     return Path(text).expanduser()
+
+
+def output_path(text: str) -> Path:
+    """A `user_path` of a file to write. That it cannot be is told before anything is computed."""
+    try:
+        return check_place(user_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def picture_path(text: str) -> Path:
+    """An `output_path` that ends as pictures do."""
+    try:
+        return check_picture(output_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def without_cudnn_attention() -> None:
@@ -147,6 +171,8 @@ __all__ = [
     "clear_errors",
     "describe",
     "end",
+    "output_path",
+    "picture_path",
     "training_command",
     "user_path",
     "without_cudnn_attention",

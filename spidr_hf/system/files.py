@@ -25,6 +25,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _LONGEST_STEM = 60
 _LONGEST_NAME = 200  # bytes; file systems take 255 with what is put around it
 _SUFFIX = ".partial"
+_PICTURES = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 
 
 @contextmanager
@@ -44,6 +45,23 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> Path:
+    """The path of a file to write. Raises `ValueError` where a folder is there, or none can be made for it."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
+    if there.is_dir() == (there == path.absolute()):
+        raise ValueError(f"{path} cannot be written: {there} is {'a' if there.is_dir() else 'no'} folder.")
+    if not os.access(there if there.is_dir() else there.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: nothing may be written there.")
+    return path
+
+
+def check_picture(path: Path) -> Path:
+    """The path of a picture. Raises `ValueError` where its suffix does not say in which format."""
+    if path.suffix.lower() not in _PICTURES:
+        raise ValueError(f"{path}: a picture ends in .png, .pdf or .svg.")
+    return path
 
 
 @contextmanager
@@ -276,6 +294,8 @@ def file_hash(path: str | os.PathLike) -> str:
 
 
 __all__ = [
+    "check_picture",
+    "check_place",
     "file_hash",
     "is_writing",
     "make_public",

@@ -367,9 +367,8 @@ def test_a_refused_upload_keeps_the_folder(tmp_path: Path, monkeypatch: pytest.M
 
 def test_verify_without_spidr_is_refused_before_anything_happens(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "spidr", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     assert convert_checkpoint.main([str(TINY / "checkpoint.pt"), str(tmp_path / "o"), "--verify"]) == 1
-    assert "not installed: pip install spidr" in capsys.readouterr().err
+    assert "pip install spidr" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

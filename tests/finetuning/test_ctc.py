@@ -2,11 +2,13 @@
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from commands import fails, run_command
 from tiny import tiny_config
 
 from spidr_hf import SpidrForCTC
@@ -110,9 +112,10 @@ def test_ngram_decoding(units, tmp_path):
 
 
 def test_ngram_decoding_says_what_it_needs(monkeypatch, tmp_path):
-    import sys
-
     monkeypatch.setitem(sys.modules, "kenlm", None)
     (tmp_path / "lm.arpa").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="pip install pyctcdecode kenlm"):
         NgramDecoder(make_tokenizer("phones", ["A"]), tmp_path / "lm.arpa")
+    # The command says so before it opens anything.
+    said = run_command("finetune_ctc", "model", "data", "out", "--valid", "dev", "--ngram", tmp_path / "lm.arpa")
+    fails(said, "pip install pyctcdecode kenlm")
