@@ -79,10 +79,11 @@ def build_wheel(folder: Path) -> Path:
     return folder / "dist"
 
 
-def type_in(line: str, folder: Path, environment: Mapping[str, str]) -> None:
-    """Run a command line as a person in `folder` would; it must end well."""
+def type_in(line: str, folder: Path, environment: Mapping[str, str]) -> str:
+    """Run a command line as a person in `folder` would; it must end well. Returns what it printed."""
     result = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    return result.stdout + result.stderr
 
 
 def command_lines(block: str) -> list[str]:
