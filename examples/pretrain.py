@@ -162,6 +162,7 @@ def pretrain(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
     continues = f"{stop.received}: saved step {state.step}. The same command continues from there."
     reporter.say(f"Done: {final}" if final else continues)
     observers.finish(final)
+    run.close()
 
 
 if __name__ == "__main__":

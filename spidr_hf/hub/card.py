@@ -141,9 +141,9 @@ def add_results(folder: str | Path, results: Sequence[EvalResult]) -> None:
         card = ModelCard.load(path)
     except YAMLError as error:
         raise ValueError(f"{path}: its metadata is no YAML.") from error
-    kept = {(result.dataset_name, result.metric_name): result for result in card.data.eval_results or ()}
-    kept |= {(result.dataset_name, result.metric_name): result for result in results}
-    if kept:
+    before = {(result.dataset_name, result.metric_name): result for result in card.data.eval_results or ()}
+    kept = before | {(result.dataset_name, result.metric_name): result for result in results}
+    if kept != before:
         card.data.model_name = card.data.model_name or _UNNAMED
         card.data.eval_results = list(kept.values())
         write_text(path, str(card))

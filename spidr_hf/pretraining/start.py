@@ -43,6 +43,9 @@ from .hub_push import check_push
 from .memory import checkpoint_bytes, model_bytes
 from .setup import Learner, make_accelerator, save_final, small_batch_note, whole_model
 
+# Lies in the folder of a finished run until all is done that follows its last update: scores in the card, an upload.
+_ENDING = ".ending"
+
 
 @dataclass
 class Run:
@@ -99,21 +102,27 @@ class Run:
 
     def end(self, learner: Learner, data: str) -> Path | None:
         """Leave the model of a run that is finished in `final`, whose card says on what `data` it was trained; then let
-        go of the folder, the trackers and the other processes. Every process calls it. Returns the model's folder,
-        None where the run is not finished."""
+        go of the trackers and the other processes. Every process calls it. Returns the model's folder, None where the
+        run is not finished."""
         finished, final = self.state.step >= self.config.optimizer.max_steps, self.output_dir / "final"
         whole = whole_model(self.model, keep=self._lock is not None) if finished else None
         if self._lock is not None:
             self.checkpoints.wait()
             if whole is not None:
                 summary = f"Pretrained for {counted(self.state.step, 'update')} on {data}."
+                write_text(self.output_dir / _ENDING, "")
                 save_final(whole, final, self.config, summary)
-            self._lock.release()
         self.accelerator.wait_for_everyone()
         learner.release()
         self.accelerator.end_training()
         end_trackers()
         return final if finished else None
+
+    def close(self) -> None:
+        """Let go of the folder. What was to be done after `end` is done: a run that is finished is complete."""
+        if self._lock is not None:
+            (self.output_dir / _ENDING).unlink(missing_ok=True)
+            self._lock.release()
 
 
 def open_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -> Run | None:
@@ -243,8 +252,10 @@ def final_step(output_dir: Path) -> int | None:
 
 
 def complete_note(output_dir: Path, config: PretrainingConfig, checkpoint: Checkpoint | None) -> str | None:
-    """What to tell the user where nothing is left to do: no update, no final model, no validation of it."""
+    """What to tell the user where nothing is left to do: no update, no final model, nothing to do with that."""
     if checkpoint is None or not config.optimizer.max_steps <= checkpoint.state.step == final_step(output_dir):
+        return None
+    if (output_dir / _ENDING).exists():
         return None
     step, rows = checkpoint.state.step, output_dir / "validation.jsonl"
     if config.run.validate_interval:

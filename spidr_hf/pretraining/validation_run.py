@@ -206,7 +206,7 @@ class RunFollower:
         self._passed_over: set[tuple[int, str | None]] = set()
         self._model: SpidrForPretraining | None = None
         self._tracker: GeneralTracker | None = None
-        self._tracks = True
+        self._tracks, self._completed = True, False
         self._plotted = time.monotonic()
         self._config_text: str | None = None
         while wait is not None and not (self.run_dir / "config.toml").exists():
@@ -224,6 +224,8 @@ class RunFollower:
         if self.file.rows() and (count or self._picture_is_behind()):
             self._plot()
         self._keep_best()
+        if not self._completed:
+            self._complete_cards()
         return count
 
     def follow(self, poll: float) -> None:
@@ -317,6 +319,15 @@ class RunFollower:
 
     def _write_scores(self, folder: Path, step: int) -> None:
         write_scores(folder, self.file, step, self.sets, self.config.model.first_codebook_layer)
+
+    def _complete_cards(self) -> None:
+        """Scores that a start which was killed has left in `validation.jsonl` alone."""
+        self._completed = True
+        best = self.run_dir / BEST_NAME
+        steps = {best: known_table(best / CHOICE_NAME).get("step"), self.run_dir / "final": final_step(self.run_dir)}
+        for folder, step in steps.items():
+            if step is not None:
+                self._write_scores(folder, step)
 
     def _plot(self) -> None:
         """The curves as a picture, where matplotlib is installed."""

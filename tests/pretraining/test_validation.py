@@ -23,11 +23,13 @@ from safetensors.torch import load_file
 from spidr_hf import SpidrForPretraining, SpidrModel
 from spidr_hf.evaluation.phones import evaluate_units
 from spidr_hf.feature_extraction_spidr import SpidrFeatureExtractor
+from spidr_hf.pretraining import validation_run
 from spidr_hf.pretraining.config import load_config
 from spidr_hf.pretraining.validation import Totals, ValidationSet, open_sets
-from spidr_hf.pretraining.validation_run import RunFollower, ValidationFile
+from spidr_hf.pretraining.validation_run import InlineValidation, RunFollower, ValidationFile
 from spidr_hf.system.errors import ConfigError
 from spidr_hf.system.processes import RunLock
+from spidr_hf.training.checkpoints import Checkpoints
 from spidr_hf.training.stopping import StopSignal
 from spidr_hf.units.extractor import Extractor, unit_outputs
 
@@ -410,10 +412,10 @@ def test_a_checkpoint_that_is_deleted_or_damaged_is_passed_over(run, monkeypatch
     assert any("step_9 is damaged" in line for line in said)
 
 
-def told(folder: Path) -> dict[tuple[str, str], float]:
+def told(folder: Path) -> dict[tuple[str, str], float] | None:
     """What the Hub is told of a model's scores."""
     results = ModelCard.load(folder / "README.md").data.eval_results
-    return {(result.dataset_name, result.metric_name): result.metric_value for result in results}
+    return results and {(result.dataset_name, result.metric_name): result.metric_value for result in results}
 
 
 def test_best_is_kept(run, monkeypatch):
@@ -548,7 +550,7 @@ def test_inline_validation_disturbs_nothing(pretrain, options):
 def test_inline_validation_resumes_where_it_was_killed(pretrain, monkeypatch):
     inline = ["--run.validate_interval", "4", "--run.save_interval", "2"]
     expected = pretrain("whole", *inline)
-    evaluate, count = ValidationSet.evaluate, iter(range(100))
+    evaluate, save, count = ValidationSet.evaluate, Checkpoints.save, iter(range(100))
 
     def killed(self, *arguments, **options):
         if next(count) == 3:  # at step 4, after the first data set
@@ -557,6 +559,7 @@ def test_inline_validation_resumes_where_it_was_killed(pretrain, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(ValidationSet, "evaluate", killed)
+        patch.setattr(Checkpoints, "save", lambda *args: save(*args, wait=True))  # what is dead writes nothing later
         with pytest.raises(Killed):
             pretrain("killed", *inline)
     folder = expected.with_name("killed")
@@ -601,6 +604,38 @@ def test_stopped_during_the_validation_before_the_first_step(pretrain, monkeypat
     assert steps(folder) == [] and rows(folder) == [] and len(asked) == 3
     assert_same_run(pretrain("told", *inline), expected)
     assert ValidationFile(folder).rows() == ValidationFile(expected).rows()
+
+
+def test_killed_before_the_scores_are_in_the_card(pretrain, monkeypatch):
+    """The same command ends what was begun, and then there is nothing left to do."""
+    inline = ["--run.validate_interval", "4"]
+    expected = pretrain("whole", *inline)
+    with monkeypatch.context() as patch:
+        patch.setattr(InlineValidation, "finish", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            pretrain("killed", *inline)
+    folder = expected.with_name("killed")
+    assert told(folder / "final") is None
+    pretrain("killed", *inline)
+    assert told(folder / "final") == told(expected / "final") is not None
+    assert_same_run(folder, expected)
+    before = (folder / "final" / "README.md").stat()
+    pretrain("killed", *inline)
+    assert (folder / "final" / "README.md").stat() == before
+
+
+def test_a_follower_killed_before_the_scores_are_in_the_cards(run, monkeypatch):
+    """The next start writes them, and a third leaves the cards alone."""
+    with monkeypatch.context() as patch:
+        patch.setattr(validation_run, "write_scores", lambda *_: None)
+        RunFollower(run, say=lambda _: None).catch_up()
+    cards = [run / name / "README.md" for name in ("final", "best")]
+    assert not any(told(card.parent) for card in cards)
+    RunFollower(run, say=lambda _: None).catch_up()
+    assert all(told(card.parent) for card in cards)
+    before = [card.stat() for card in cards]
+    RunFollower(run, say=lambda _: None).catch_up()
+    assert [card.stat() for card in cards] == before
 
 
 def test_a_complete_run_whose_last_validation_is_missing_makes_up_for_it(pretrain):
