@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..training.checkpoints import TrainerState
-from ..training.metrics import curves
+from ..training.metrics import curves, read_rows
 from ..training.observers import Observer
 from ..training.reporting import RunReport, say_above_bar
 from ..training.trackers import start_trackers
@@ -59,7 +59,7 @@ class Reporter(RunReport, Observer):
             max_skipped=config.data.max_skipped_share,
         )
         run = config.run
-        self._again = start_trackers(
+        self._sent = start_trackers(
             accelerator,
             run.tracker,
             output_dir,
@@ -72,6 +72,10 @@ class Reporter(RunReport, Observer):
         )
         self._interval = config.run.log_interval
         self._watch = CollapseWatch(state.collapse)
+        if self._sent < state.step and self._file is not None:
+            for earlier in read_rows(self._file.path):
+                if earlier["loss"] is not None:
+                    self.send(curves(earlier), earlier["step"])
 
     def update(self, step: int, epoch: int, result: StepResult, lr: float, decay: float) -> None:
         """Take note of an update (skipped where `result` is not finite), and write the row of a logged step.
@@ -93,8 +97,8 @@ class Reporter(RunReport, Observer):
             self.say(self._watch.look(row["target_ppl"], row["active_codewords"]))
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Points of curves for the tracker, unless an earlier start has sent those of the step."""
-        if step not in self._again:
+        """Points of curves for the tracker, unless it has those of the step from an earlier start."""
+        if step > self._sent:
             self.processes.log(values, step=step)
 
     def say(self, message: str | None) -> None:

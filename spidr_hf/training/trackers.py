@@ -27,7 +27,7 @@ def start_trackers(
     config: dict[str, Any] | None = None,
     step: int = 0,
     reached: int = 0,
-) -> range:
+) -> int:
     """Begin the curves of a tracker, or continue those of a run that is resumed.
 
     Args:
@@ -40,13 +40,14 @@ def start_trackers(
             more.
         reached: the last step that the earlier start has a row of.
 
-    Returns the steps that are done again and that the tracker has and keeps (wandb, trackio): not to be sent twice.
+    Returns the last step that the tracker has and keeps. Rows up to it are not to be sent twice; later ones are, those
+    included that an earlier start was killed with (wandb and trackio send what they were given some time later).
     """
     if not accelerator.log_with or not accelerator.is_main_process:
-        return range(0)
+        return step
     if tracker in ("auto", "tensorboard"):
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
-        return range(0)
+        return step
     folder = Path(output_dir)
     name = name or folder.resolve().name
     identifier, sent = _tracked_run(folder, reached)
@@ -56,7 +57,10 @@ def start_trackers(
     # trackio knows a run by its name alone; folders of other runs may have the same.
     init = {"wandb": wandb, "trackio": {"name": f"{name}-{identifier}", "resume": "allow"}}
     accelerator.init_trackers(project or "spidr", config=config, init_kwargs=init)
-    return range(step + 1, sent + 1) if tracker in init else range(0)
+    if tracker not in init:
+        return step
+    known = _last_step(tracker, accelerator.get_tracker(tracker, unwrap=True))
+    return max(step, sent) if known is None else known
 
 
 def check_tracker(tracker: str) -> None:
@@ -83,6 +87,16 @@ def end_trackers() -> None:
     if (wandb := sys.modules.get("wandb")) is not None:
         with suppress(SystemExit):  # it would end this process where its own did not end well
             wandb.teardown()
+
+
+def _last_step(tracker: str, run: Any) -> int | None:
+    """The last step that a tracker has of its run, -1 where there is none; None where it does not say."""
+    if tracker == "trackio":
+        # `trackio.init` asks for it where there is the run already, and keeps it under this name alone.
+        known = getattr(run, "_initial_last_step", ...)
+        return None if known is ... else -1 if known is None else known
+    # Offline, it knows only what this process has sent.
+    return None if getattr(run, "offline", True) else run.starting_step - 1
 
 
 def _tracked_run(folder: Path, reached: int) -> tuple[str, int]:
