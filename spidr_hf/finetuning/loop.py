@@ -127,6 +127,9 @@ def finetune(
         f"{counted(len(train), 'utterance')}, {duration(sampler.seconds)}; "
         f"{counted(sampler.updates_per_epoch(), 'update')} per epoch; {counted(world_size, 'process')} on {device.type}"
     )
+    if not (settings.freeze_encoder or settings.trains_encoder(settings.steps)):
+        frozen, steps = settings.freeze_encoder_steps, settings.steps
+        say(f"Only the head trains, to the end: --freeze-encoder-steps is {frozen}, --steps {steps}.")
     reporter = Reporter(folder, settings, state, train.source)
     remedy = "Start anew with a lower --lr or with --dtype float32."
     guard = UpdateGuard(state, _MAX_NONFINITE, remedy, say)

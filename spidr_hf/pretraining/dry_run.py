@@ -30,7 +30,7 @@ from ..training.planning import Line, Plan, size
 from . import curves_picture, hub_push, loaders, memory, start, validation
 from .config import PretrainingConfig
 from .loaders import ExpectedBatches
-from .setup import Learner, choose_kernels, make_accelerator, small_batch_note
+from .setup import Learner, choose_kernels, make_accelerator, recipe_notes
 
 # Audio of a timed step on a CPU, in seconds: a whole update of a large config would take minutes.
 _TIMED_SECONDS_CPU = 8.0
@@ -60,8 +60,7 @@ def dry_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) ->
         start.complete_model(config, checkpoint)
         plan.notes += [CHANGED + change for change in start.config_changes(output_dir, config, checkpoint)]
         model, origin = start.make_model(config, checkpoint)
-        if note := small_batch_note(config, world_size):
-            plan.notes.append(note)
+        plan.notes += recipe_notes(config, world_size)
         plan.add(memory.model_plan(config.model, origin))
     with plan.trying():
         source = open_source(config.data, cache=None, progress=is_main)

@@ -303,20 +303,26 @@ class CollapseWatch:
         return {"highest": self._highest, "warned_at": self._warned_at}
 
 
-def small_batch_note(config: PretrainingConfig, world_size: int) -> str | None:
-    """A warning when an update has too few masked frames for codebooks with so slow a decay."""
-    updates = world_size * config.optimizer.gradient_accumulation_steps
+def recipe_notes(config: PretrainingConfig, world_size: int) -> Iterator[str]:
+    """Warnings of what will not train well: updates with too few masked frames for codebooks with so slow a decay, and
+    a warm-up that ends after the run."""
+    optimizer = config.optimizer
+    if optimizer.warmup_steps >= optimizer.max_steps:
+        yield (
+            f"the learning rate is still rising at the end: `optimizer.warmup_steps` is {optimizer.warmup_steps}, "
+            f"`optimizer.max_steps` {optimizer.max_steps}. A shorter run wants a shorter schedule."
+        )
+    updates = world_size * optimizer.gradient_accumulation_steps
     frames = updates * config.data.max_batch_length / config.model.inputs_to_logits_ratio
     spans = config.masking.spans()
     masked = frames * (1 - math.exp(-spans.prob)) if spans else frames
     per_codeword = masked / config.model.codebook_size
-    if per_codeword >= _FRAMES_PER_CODEWORD or not _SMALL_BATCH_DECAY < config.model.codebook_decay < 1:
-        return None
-    return (
-        f"an update has about {masked:.0f} masked frames, {per_codeword:.1f} for each of "
-        f"{config.model.codebook_size} codewords: with model.codebook_decay {config.model.codebook_decay:g} codewords "
-        "die out. Use 0.5 to 0.7, or larger updates (optimizer.gradient_accumulation_steps)."
-    )
+    if per_codeword < _FRAMES_PER_CODEWORD and _SMALL_BATCH_DECAY < config.model.codebook_decay < 1:
+        yield (
+            f"an update has about {masked:.0f} masked frames, {per_codeword:.1f} for each of "
+            f"{config.model.codebook_size} codewords: with model.codebook_decay {config.model.codebook_decay:g} "
+            "codewords die out. Use 0.5 to 0.7, or larger updates (optimizer.gradient_accumulation_steps)."
+        )
 
 
 def whole_model(model: SpidrForPretraining, keep: bool = True) -> SpidrForPretraining:
@@ -370,9 +376,9 @@ __all__ = [
     "keep_compiled",
     "make_accelerator",
     "make_optimizer",
+    "recipe_notes",
     "save_final",
     "silence",
-    "small_batch_note",
     "spidr_name",
     "whole_model",
 ]

@@ -41,7 +41,7 @@ from ..training.trackers import check_tracker, end_trackers
 from .config import PretrainingConfig, make_config
 from .hub_push import check_push
 from .memory import checkpoint_bytes, model_bytes
-from .setup import Learner, make_accelerator, save_final, small_batch_note, whole_model
+from .setup import Learner, make_accelerator, recipe_notes, save_final, whole_model
 
 # Lies in the folder of a finished run until all is done that follows its last update: scores in the card, an upload.
 _ENDING = ".ending"
@@ -160,7 +160,7 @@ def open_run(config: PretrainingConfig, output_dir: Path, fresh: bool = False) -
                 check_push(config.run.push_to_hub, make=True)
             source = open_source(config.data, cache=output_dir / "data.arrow", progress=is_main)
             model, origin = make_model(config, checkpoint)
-            notes.append(small_batch_note(config, world_size))
+            notes += recipe_notes(config, world_size)
     if complete is not None:
         if held is not None:
             print(complete, file=sys.stderr)

@@ -311,11 +311,11 @@ class RunFollower:
             self.load(folders[step])
         except (OSError, SafetensorError, RuntimeError):
             return  # it was deleted meanwhile
-        summary = f"Step {step} of a run, the best by {score} ({values[step]:.4g}) on {validation.name}."
+        summary = f"Step {step} of a run, the best by {score} ({values[step]:.3f}) on {validation.name}."
         content = json.dumps({**choice, "step": step, "value": values[step]}, indent=1) + "\n"
         save_final(self._model, path.parent, self.config, summary, {CHOICE_NAME: content})  # type: ignore[arg-type]
         self._write_scores(path.parent, step)
-        self.say(f"best/ is step {step}: {score} {values[step]:.4g} on {validation.name}.")
+        self.say(f"best/ is step {step}: {score} {values[step]:.3f} on {validation.name}.")
 
     def _write_scores(self, folder: Path, step: int) -> None:
         write_scores(folder, self.file, step, self.sets, self.config.model.first_codebook_layer)

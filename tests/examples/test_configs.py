@@ -11,7 +11,7 @@ from spidr_hf.conversion.sources import published
 from spidr_hf.data.batches import min_samples
 from spidr_hf.pretraining.config import PretrainingConfig, load_config
 from spidr_hf.pretraining.memory import MASKED_SHARE, parameter_counts, training_memory
-from spidr_hf.pretraining.setup import small_batch_note
+from spidr_hf.pretraining.setup import recipe_notes
 from spidr_hf.training.schedules import learning_rate
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "configs"
@@ -65,7 +65,7 @@ def test_update(path):
     assert batches == config.optimizer.gradient_accumulation_steps and samples == config.data.max_batch_length
     assert float(found[4]) == round(samples / 16_000, 1)
     assert processes * batches * samples / 16_000 / 60 == pytest.approx(float(found[5]), rel=0.02)
-    assert small_batch_note(config, processes) is None
+    assert not list(recipe_notes(config, processes))
 
 
 def test_schedule(path):

@@ -21,7 +21,7 @@ from spidr_hf.pretraining.setup import (
     keep_compiled,
     make_accelerator,
     make_optimizer,
-    small_batch_note,
+    recipe_notes,
     spidr_name,
 )
 from spidr_hf.pretraining.updates import StepResult
@@ -152,7 +152,7 @@ def test_a_collapse_is_noticed_once_per_halving():
 
 def test_small_batches_are_warned_about():
     def note(world_size=1, **sections):
-        return small_batch_note(config(**sections), world_size)
+        return next(recipe_notes(config(**sections), world_size), None)
 
     assert note(world_size=16) is None
     small = {"max_batch_length": 320_000, "max_sample_size": 320_000, "manifest": "x"}
@@ -162,6 +162,12 @@ def test_small_batches_are_warned_about():
     assert note(world_size=8, data=small) is None
     assert note(data=small, model={"codebook_decay": 0.6}) is None
     assert note(data=small, model={"codebook_decay": 1}) is None
+
+
+def test_a_warm_up_longer_than_the_run_is_warned_about():
+    for warmup, count in ((99, 0), (100, 1)):
+        notes = list(recipe_notes(config(optimizer={"max_steps": 100, "warmup_steps": warmup}), 16))
+        assert len(notes) == count and all("still rising at the end" in note for note in notes)
 
 
 def test_results_are_fetched_in_one_piece():
