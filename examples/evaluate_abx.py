@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spidr_hf.evaluation.abx import FREQUENCY, Token, abx, read_items
+from spidr_hf.evaluation.abx import FREQUENCY, NoTripletsError, Token, abx, read_items
 from spidr_hf.hub.card import add_results, evaluation_results
 from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path, picture_path, user_path
 from spidr_hf.system.files import write_text
@@ -82,21 +82,28 @@ def main() -> None:
         for layer, path in files.items():
             features = Units(path) if args.units else FeatureFiles(path)
             named = by_known_names(tokens, features, path)
-            for speaker in speakers:
+            for speaker in tuple(speakers):
                 if use_fastabx(args, renamed=named != tokens):
                     error = by_fastabx(args, path, features, speaker, limits)
                 else:
-                    error = abx(
-                        named,
-                        features,
-                        distance="identical" if args.units else "angular",
-                        speaker=speaker,
-                        context=args.context,
-                        seed=args.seed,
-                        device=device,
-                        progress=True,
-                        **limits,
-                    )
+                    try:
+                        error = abx(
+                            named,
+                            features,
+                            distance="identical" if args.units else "angular",
+                            speaker=speaker,
+                            context=args.context,
+                            seed=args.seed,
+                            device=device,
+                            progress=True,
+                            **limits,
+                        )
+                    except NoTripletsError as reason:
+                        if speakers == [speaker]:
+                            raise
+                        print(reason, file=sys.stderr)
+                        speakers.remove(speaker)
+                        continue
                 scores.setdefault(layer, {})[speaker] = 100 * error
         single = None in scores
         result = scores[None] if single else {"layers": {str(layer): values for layer, values in scores.items()}}

@@ -87,12 +87,13 @@ def main() -> None:
         alignments = read_alignments(args.alignments, step=step, tier=args.tier)
         files = unit_files(args.units)
         others = unit_files(args.agreement) if args.agreement else {}
-        scores, counts, names = {}, None, []
+        scores, counts, names, told = {}, None, [], None
         for layer, path in files.items():
             units = read_units(path)
             try:
                 matches, without = match_names(units, alignments)
-                if without:
+                if without and without != told:  # once, where layers are alike
+                    told = without
                     print(
                         f"{path}: {counted(len(without), 'utterance', 'has', 'have', of=len(units))} no alignment: "
                         f"left out, {without[0]!r} for one.",

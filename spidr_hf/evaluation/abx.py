@@ -33,6 +33,10 @@ PAIRS_AT_ONCE = 20_000
 VALUES_AT_ONCE = 1 << 25  # of the frames of one side of the pairs
 
 
+class NoTripletsError(ValueError):
+    """Items among which nothing can be compared; the message says why."""
+
+
 @dataclass(frozen=True)
 class Token:
     """A stretch of speech: frames `start` ... `end` (exclusive) of a file."""
@@ -232,7 +236,7 @@ def abx(
         device: Where distances are computed.
         progress: Show a bar.
 
-    Raises `ValueError` where there is no triplet at all.
+    Raises `NoTripletsError` where there is no triplet at all.
     """
     frames, starts, lengths = (x.to(device) for x in cut_tokens(tokens, features, distance))
     # context -> (phone, speaker) -> tokens
@@ -266,7 +270,7 @@ def abx(
     if waiting:
         score_waiting()
     if not cells:
-        raise ValueError(
+        raise NoTripletsError(
             f"There are no triplets {speaker} speakers: no context has two phones of one speaker"
             + (" and another speaker." if speaker == "across" else ", one of them twice.")
         )
@@ -317,4 +321,15 @@ def _plan_cells(
             yield a, b, x
 
 
-__all__ = ["FREQUENCY", "Distance", "Token", "abx", "cell_error", "cut_tokens", "dtw", "read_items", "token_distances"]
+__all__ = [
+    "FREQUENCY",
+    "Distance",
+    "NoTripletsError",
+    "Token",
+    "abx",
+    "cell_error",
+    "cut_tokens",
+    "dtw",
+    "read_items",
+    "token_distances",
+]

@@ -140,7 +140,7 @@ def unit_entropy(units: Mapping[str, Sequence[int] | np.ndarray]) -> float:
     """Entropy of the units' distribution over all utterances, in bits per unit."""
     values = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in units.values()])
     share = np.unique(values, return_counts=True)[1] / len(values)
-    return float(-np.sum(share * np.log2(share)))
+    return abs(float(np.sum(share * np.log2(share))))
 
 
 def codebook_perplexity(units: Mapping[str, Sequence[int] | np.ndarray]) -> float:

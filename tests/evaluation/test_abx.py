@@ -211,6 +211,19 @@ def test_one_speaker_has_a_score_within(files, tmp_path):
     fails(run_command("evaluate_abx", tmp_path / "one.item", files / "features" / "1", "--speaker", "across"), "across")
 
 
+def test_speakers_that_share_no_context_have_scores_within(files, tmp_path):
+    header, *lines = (files / "triphones.item").read_text().splitlines()
+    rows = [line.split() for line in lines]
+    apart = [" ".join([*row[:4], row[6] + row[4], *row[5:]]) for row in rows]
+    (tmp_path / "apart.item").write_text("\n".join([header, *apart]) + "\n")
+    command = ("evaluate_abx", tmp_path / "apart.item", files / "features", "--json", tmp_path / "a.json")
+    done = run_command(*command, "--max-size-group", 2)
+    assert done.status == 0 and done.err.count("no triplets across speakers") == 1, done.err
+    layers = json.loads((tmp_path / "a.json").read_text())["layers"]
+    assert [list(scores) for scores in layers.values()] == [["within"], ["within"]]
+    fails(run_command(*command, "--speaker", "across"), "no triplets across speakers")
+
+
 def test_bad_input(files, tmp_path):
     items, features = files / "triphones.item", files / "features" / "1"
     fails(run_command("evaluate_abx", tmp_path / "no.item", features), "no.item", "no such item file")

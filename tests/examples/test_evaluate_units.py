@@ -169,6 +169,8 @@ def test_partly_aligned_units_are_scored_as_far_as_they_are(units_folder, speech
     done = run_command("evaluate_units", path, tmp_path / "part.jsonl", "--json", tmp_path / "s.json")
     assert done.status == 0 and f"{len(lines) - 40} of {len(lines)} utterances have no alignment" in done.err
     assert json.loads((tmp_path / "s.json").read_text())["pnmi"] > 0.85
+    done = run_command("evaluate_units", units_folder, tmp_path / "part.jsonl")
+    assert done.status == 0 and done.err.count("have no alignment") == 1  # of several layers, alike
 
 
 def test_deduplicated_files_with_durations(units_folder, speech, tmp_path):
