@@ -38,6 +38,7 @@ from .cpu_spidr import (
 )
 from .kernels_spidr import (
     MAX_CHANNELS,
+    NAMESPACE,
     bias_gelu,
     cast_together,
     conv_norm_gelu,
@@ -224,15 +225,66 @@ def _exact_conv1d(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dil
     return conv1d_channels_last(rows, weight, bias, stride)[:, :length].transpose(1, 2)
 
 
-def _settled(view: Tensor) -> Tensor:
-    """`view`; a copy where it is compiled for a CPU.
+@torch.library.custom_op(f"{NAMESPACE}::convolution", mutates_args=())
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], groups: int
+) -> Tensor:
+    return F.conv1d(x, weight, bias, stride, padding, 1, groups).contiguous()
 
-    Views that the backward pass needs are put in order by their strides, and the compiler cannot tell whether a length
-    of floor divisions is above 0 ("cannot determine truth value of Relational"). Not `contiguous`, which asks whether
-    `view` is the whole: samples that fill the last frame would take a graph of their own.
+
+@_convolution.register_fake
+def _(x, weight, bias, stride, padding, groups):
+    length = conv_output_length(x.shape[2] + 2 * padding[0], weight.shape[2], stride[0])
+    return x.new_empty(x.shape[0], weight.shape[0], length)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::convolution_backward", mutates_args=())
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], groups: int, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    backward = torch.ops.aten.convolution_backward
+    grads = backward(grad, x, weight, [len(weight)], stride, padding, [1], False, [0], groups, needed)
+    return tuple(x.new_empty(0) if part is None else part.contiguous() for part in grads)
+
+
+@_convolution_backward.register_fake
+def _(grad, x, weight, stride, padding, groups, needed):
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, needed, strict=True))
+
+
+def _keep_convolution(ctx, inputs, output) -> None:
+    x, weight, _, *ctx.form = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate_convolution(ctx, grad: Tensor):
+    needed = list(ctx.needs_input_grad[:3])
+    grads = _convolution_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.form, needed)
+    return *(part if wanted else None for part, wanted in zip(grads, needed, strict=True)), None, None, None
+
+
+_convolution.register_autograd(_differentiate_convolution, setup_context=_keep_convolution)
+
+
+def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
+    """`conv(x)`, B x C x T -> B x O x T', where it may be compiled.
+
+    On a CPU a copy of `x` is read: views that the backward pass needs are put in order by their strides, and the
+    compiler cannot tell whether a length of floor divisions is above 0 ("cannot determine truth value of Relational").
+    Not `contiguous`, which asks whether `x` is the whole: samples that fill the last frame would take a graph of their
+    own. And the convolution is an operator of its own, since PyTorch 2.13 compiles the gradient of its own one for a
+    single length, so that each length would be compiled anew. An exported model has PyTorch's.
     """
-    copies = torch.compiler.is_compiling() and view.device.type == "cpu"
-    return view.clone(memory_format=torch.contiguous_format) if copies else view
+    if not torch.compiler.is_compiling() or x.device.type != "cpu":
+        return conv(x)
+    x = x.clone(memory_format=torch.contiguous_format)
+    if torch.compiler.is_exporting() or not is_plain(conv):
+        return conv(x)
+    dtype = product_dtype(x)
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    form = list(conv.stride), list(conv.padding), conv.groups
+    return _convolution(x.to(dtype), conv.weight.to(dtype), bias, *form)
 
 
 class SpidrConvLayer(nn.Module):
@@ -295,7 +347,7 @@ class SpidrConvLayer(nn.Module):
             hidden_states = call(conv, hidden_states.transpose(1, 2), F.conv1d, _exact_conv1d)
             hidden_states = hidden_states.transpose(1, 2).contiguous()
         else:
-            hidden_states = conv(_settled(hidden_states.transpose(1, 2))).transpose(1, 2)
+            hidden_states = _convolved(conv, hidden_states.transpose(1, 2)).transpose(1, 2)
         if self.fuses and kernels_run(hidden_states) and is_plain(norm) and is_untouched(self.activation):
             return norm_gelu(hidden_states, norm.weight, norm.bias, norm.eps)
         if self.norms_over_time:
@@ -441,7 +493,7 @@ def _convolve_frames(conv: nn.Module, x: Tensor) -> Tensor:
     if is_plain(conv) and (plain_mode() or kernels_run(x)):
         return grouped_conv1d(x, conv.weight, conv.bias, conv.groups)
     x, length = x.transpose(1, 2), x.shape[1]
-    x = call(conv, x, F.conv1d, _conv1d_as_images) if plain_mode() else conv(_settled(x))
+    x = call(conv, x, F.conv1d, _conv1d_as_images) if plain_mode() else _convolved(conv, x)
     return x[:, :, :length].transpose(1, 2)
 
 

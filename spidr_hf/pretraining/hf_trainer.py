@@ -294,6 +294,8 @@ def make_trainer(config: PretrainingConfig, source: AudioSource, output_dir: str
     return trainer
 
 
+# A hook of a compiled model would be compiled, and anew as the seed changes.
+@torch.compiler.disable
 def _seed_dropout(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Draw dropout from the batch's own seed, as `examples/pretrain.py` does."""
     seed = kwargs.pop("dropout_seed", None)
