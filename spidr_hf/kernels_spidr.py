@@ -111,9 +111,13 @@ def _shares(rows: int, block_rows: int, programs: int | None = None) -> tuple[in
 
 
 def _row_blocks(channels: int) -> tuple[int, int]:
-    """(rows, channels) of a block: about 4096 elements, which fit into the registers of four warps."""
+    """(rows, channels) of a block: about 4096 elements, which fit into the registers of four or eight warps."""
     block_channels = _power_of_2(channels)
     return max(1, 4096 // block_channels), block_channels
+
+
+# With four, the registers of the backward pass leave room for 396 of `PROGRAMS` on an H100; with eight, for half.
+_GELU_WARPS = 8
 
 
 @torch.library.custom_op(f"{NAMESPACE}::norm_gelu", mutates_args=())
@@ -137,6 +141,7 @@ def _norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
                 affine=weight is not None,
                 block_rows=block_rows,
                 block_channels=block_channels,
+                num_warps=_GELU_WARPS,
             )
     return out
 
@@ -175,6 +180,7 @@ def _norm_gelu_backward(
                 affine=affine,
                 block_rows=block_rows,
                 block_channels=block_channels,
+                num_warps=_GELU_WARPS,
             )
     sums = partial.sum(1).to(weight.dtype if affine else x.dtype)
     return grad_x, sums[0].clone(), sums[1].clone()
@@ -228,6 +234,12 @@ def conv_norm_gelu(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, strid
     Windows that reach beyond the end see zeros there. The result has the autocast dtype where autocast is on.
     """
     return _conv_norm_gelu(x, weight, gain, shift, stride, eps, _product_dtype(x))
+
+
+def splits_products(device: torch.device) -> bool:
+    """Whether Triton divides a product among warps although another follows that uses it: only from Hopper on. Before,
+    each warp gets all of it, for which registers are too few by far."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _conv_block(channels: int) -> dict[str, int]:
@@ -307,8 +319,10 @@ def _conv_norm_gelu_backward(
                 eps=eps,
                 precision=_precision(grad),
                 widen=not x.is_cuda,
+                by_hand=not splits_products(x.device),
                 **block,
                 num_warps=16,  # with fewer, registers do not suffice
+                num_stages=3 if splits_products(x.device) else 2,
             )
     sums = of_norm.sum(1).to(gain.dtype)
     return of_taps.sum(0).to(weight.dtype), sums[0].clone(), sums[1].clone()

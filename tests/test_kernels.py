@@ -88,7 +88,9 @@ def test_norm_gelu_of_views_of_no_row_and_of_many_rows(kernels, monkeypatch):
 @pytest.mark.parametrize(
     ("samples", "channels", "kernel", "stride"), [(5, 24, 10, 5), (350, 48, 10, 5), (64, 512, 3, 2)]
 )
-def test_first_convolution_norm_and_gelu(kernels, monkeypatch, samples, channels, kernel, stride, dtype):
+@pytest.mark.parametrize("split", [True, False], ids=["", "as on an A100"])
+def test_first_convolution_norm_and_gelu(kernels, monkeypatch, samples, channels, kernel, stride, dtype, split):
+    monkeypatch.setattr(kernels_spidr, "splits_products", lambda _: split)
     monkeypatch.setattr(kernels_spidr, "PROGRAMS", 2)
     x, weight = tensor(samples), tensor(channels, 1, kernel, seed=1)
     # What the kernel multiplies, so that the plain form does not round where the kernel does not.

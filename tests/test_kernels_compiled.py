@@ -12,8 +12,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton"),
 ]
-# NVIDIA's Hopper; AMD's MI250X and MI300X, each with the shared memory that a program may have.
-TARGETS = {"cuda:90": 227 * 1024, "hip:gfx90a": 64 * 1024, "hip:gfx942": 64 * 1024}
+# NVIDIA's A100 and H100; AMD's MI250X and MI300X, each with the shared memory that a program may have.
+TARGETS = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "hip:gfx90a": 64 * 1024, "hip:gfx942": 64 * 1024}
 
 SCRIPT = """
 import json, re, subprocess, sys, tempfile
@@ -38,7 +38,7 @@ def stack_and_products(compiled):
         file.write(compiled.asm["cubin"])
         file.flush()
         dump = lambda option: subprocess.run([tool, option, file.name], capture_output=True, text=True).stdout
-        return int(re.search(r"STACK:(\\d+)", dump("-res-usage")).group(1)), "HGMMA" in dump("-sass")
+        return int(re.search(r"STACK:(\\d+)", dump("-res-usage")).group(1)), bool(re.search(r"HG?MMA", dump("-sass")))
 
 def check(name, pointers, numbers, constants, **options):
     kernel = getattr(kernels, name)
@@ -56,9 +56,10 @@ def check(name, pointers, numbers, constants, **options):
 for dtype in ("bf16", "fp32"):
     blocks = {"channels": 512, "eps": 1e-5, "affine": True, "block_rows": 8, "block_channels": 512}
     rest = {"weight": "fp32", "bias": "fp32"}
-    check("norm_gelu_forward", {"x": dtype, **rest, "out": dtype}, ["rows"], blocks)
+    check("norm_gelu_forward", {"x": dtype, **rest, "out": dtype}, ["rows"], blocks, num_warps=8)
     grads = {"grad_x": dtype, "grad_weight": "fp32", "grad_bias": "fp32"}
-    check("norm_gelu_backward", {"grad": dtype, "x": dtype, **rest, **grads}, ["rows", "rows_per_program"], blocks)
+    inputs = {"grad": dtype, "x": dtype, **rest}
+    check("norm_gelu_backward", {**inputs, **grads}, ["rows", "rows_per_program"], blocks, num_warps=8)
     blocks = {"channels": 768, "eps": 1e-5, "p": 0.1, "block_rows": 4, "block_channels": 1024}
     blocks |= {"has_bias": True}
     inputs = {"residual": "fp32", "branch": dtype, **rest, "seed": "i64", "branch_bias": "fp32"}
@@ -95,7 +96,9 @@ if backend == "cuda":
     numbers = ["samples", "rows", "rows_per_program"]
     check("conv_norm_gelu_forward", {**inputs, "out": "bf16"}, numbers, shape, num_warps=8)
     grads = {"grad_taps": "fp32", "grad_gain": "fp32", "grad_shift": "fp32"}
-    check("conv_norm_gelu_backward", {"grad": "bf16", **inputs, **grads}, numbers, shape, num_warps=16)
+    split = int(chip) >= 90
+    shape["by_hand"], options = not split, {"num_warps": 16, "num_stages": 3 if split else 2}
+    check("conv_norm_gelu_backward", {"grad": "bf16", **inputs, **grads}, numbers, shape, **options)
 dtype = "fp32"
 full = {"targets": "fp32", "codewords": "fp32", "half_norms": "fp32", "labels": "i64"}
 blocks = {"size": 256, "width": 768, "block_frames": 64, "block_size": 128, "block_width": 32}
@@ -117,7 +120,10 @@ def test_every_kernel_compiles_without_spilling(tmp_path, target):
     results = json.loads(done.stdout.splitlines()[-1])
     assert len(results) == (24 if target.startswith("cuda") else 22)
     for name, result in results.items():
-        assert result["stack"] == 0 and result["shared"] <= TARGETS[target], (name, result)
+        # Eighteen registers of five hundred threads, once per sixteen rows: cheaper than half the threads.
+        few = 72 if (target, name) == ("cuda:80", "conv_norm_gelu_backward bf16") else 0
+        assert result["stack"] <= few and result["shared"] <= TARGETS[target], (name, result)
         # Labels come from true float32 products, which tensor cores do not have.
-        products = ("grouped_conv bf16", "grouped_conv_weight bf16", "conv_norm_gelu_backward bf16")
+        products = ("grouped_conv bf16", "grouped_conv_weight bf16")
+        products += ("conv_norm_gelu_forward bf16", "conv_norm_gelu_backward bf16")
         assert result["tensor_cores"] == (name in products), (name, result)
