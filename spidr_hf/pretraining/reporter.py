@@ -59,6 +59,7 @@ class Reporter(RunReport, Observer):
             max_skipped=config.data.max_skipped_share,
         )
         run = config.run
+        self._resumed = state.step
         self._sent = start_trackers(
             accelerator,
             run.tracker,
@@ -74,7 +75,7 @@ class Reporter(RunReport, Observer):
         self._watch = CollapseWatch(state.collapse)
         if self._sent < state.step and self._file is not None:
             for earlier in read_rows(self._file.path):
-                if earlier["loss"] is not None:
+                if earlier["step"] > self._sent and earlier["loss"] is not None:
                     self.send(curves(earlier), earlier["step"])
 
     def update(self, step: int, epoch: int, result: StepResult, lr: float, decay: float) -> None:
@@ -97,8 +98,8 @@ class Reporter(RunReport, Observer):
             self.say(self._watch.look(row["target_ppl"], row["active_codewords"]))
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Points of curves for the tracker, unless it has those of the step from an earlier start."""
-        if step > self._sent:
+        """Points of curves for the tracker, unless the step is made again and it has those of an earlier start."""
+        if not self._resumed < step <= self._sent:
             self.processes.log(values, step=step)
 
     def say(self, message: str | None) -> None:

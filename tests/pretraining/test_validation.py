@@ -547,6 +547,16 @@ def test_inline_validation_disturbs_nothing(pretrain, options):
     assert told(folder / "final")["dev", "PNMI, layer 3"] == pytest.approx(again["pnmi"][0], abs=1e-4)
 
 
+def test_every_inline_validation_is_in_the_curves(pretrain):
+    """That before the first update, too."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = pretrain("run", "--run.validate_interval", "4", "--run.tracker", "tensorboard")
+    curves = event_accumulator.EventAccumulator(str(next(folder.rglob("events.out.tfevents*")).parent))
+    curves.Reload()
+    assert [event.step for event in curves.Scalars("validation/dev/loss")] == [0, 4, 8, 12]
+    assert [event.step for event in curves.Scalars("loss")] == list(range(1, 13))
+
+
 def test_inline_validation_resumes_where_it_was_killed(pretrain, monkeypatch):
     inline = ["--run.validate_interval", "4", "--run.save_interval", "2"]
     expected = pretrain("whole", *inline)
