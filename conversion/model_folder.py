@@ -41,10 +41,8 @@ def check_free(target: Path) -> None:
     """Refuses to write over anything."""
     if target.is_dir() and any(target.iterdir()):
         raise ConversionError(f"{shown(target)} exists and is not empty. Remove it or give another folder.")
-    if target.exists() and not target.is_dir():
-        raise ConversionError(f"{shown(target)} is a file. Give a folder.")
     try:
-        check_place(target / "config.json")
+        check_place(target, folder=True)
     except ValueError as error:
         raise ConversionError(str(error)) from error
 

@@ -31,7 +31,7 @@ from spidr_hf.data.alignments import read_alignments
 from spidr_hf.data.manifests import Manifest, read_manifest
 from spidr_hf.evaluation.phones import count_pairs, pnmi
 from spidr_hf.pretraining.start import initial_model
-from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, folder_path, user_path
 from spidr_hf.system.messages import counted, duration
 from spidr_hf.units.unit_files import describe_model, predict_units, write_units
 
@@ -44,7 +44,7 @@ LEAST_SHARE = 0.25  # of the codewords in use at the start, for the target perpl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--output-dir", type=user_path, default=ROOT / "runs" / "demo", help="default: runs/demo")
+    parser.add_argument("--output-dir", type=folder_path, default=ROOT / "runs" / "demo", help="default: runs/demo")
     parser.add_argument(
         "--config", type=user_path, default=ROOT / "examples" / "configs" / "demo.toml", help="training config"
     )

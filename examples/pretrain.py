@@ -58,7 +58,7 @@ from spidr_hf.pretraining.reporter import Reporter
 from spidr_hf.pretraining.setup import Learner
 from spidr_hf.pretraining.start import open_run
 from spidr_hf.pretraining.updates import Updates
-from spidr_hf.system.commands import HelpFormatter, training_command, user_path
+from spidr_hf.system.commands import HelpFormatter, folder_path, training_command, user_path
 from spidr_hf.training.schedules import learning_rate
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument(
         "--config", type=user_path, required=True, metavar="FILE", help="TOML or JSON, SpidR's own included"
     )
-    parser.add_argument("--output-dir", type=user_path, required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--output-dir", type=folder_path, required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     parser.add_argument(
         "--fresh", action="store_true", help="begin anew; what DIR has of an earlier run goes to DIR/earlier-1"

@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from spidr_hf import __version__
-from spidr_hf.system.commands import HelpFormatter, clear_errors, user_path
+from spidr_hf.system.commands import HelpFormatter, clear_errors, folder_path, user_path
 from spidr_hf.system.files import file_hash, naming, replaced_folder, write_text
 from spidr_hf.system.processes import RunLock, from_first, start_processes
 from spidr_hf.training.checkpoints import begins_anew, set_aside
@@ -60,7 +60,7 @@ from spidr_hf.units.unit_files import known_units, read_units
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("units", type=user_path, metavar="UNITS_JSONL", help="units to train on")
-    parser.add_argument("out_dir", type=user_path, metavar="OUT_DIR")
+    parser.add_argument("out_dir", type=folder_path, metavar="OUT_DIR")
     parser.add_argument("--valid", type=user_path, required=True, metavar="UNITS_JSONL", help="held-out units")
     parser.add_argument("--deduplicate", action="store_true", help="collapse repeats")
     parser.add_argument("--num-units", type=int, help="units there can be (default: as their provenance says)")

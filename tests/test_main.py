@@ -197,12 +197,12 @@ def test_what_is_not_there_is_said_in_one_line(monkeypatch, capsys, tmp_path, na
     assert not list(tmp_path.iterdir())
 
 
-PLACES = taking("device", "port", "plot", "picture", "json", "scores", "out", "output")
+PLACES = taking("device", "port", "plot", "picture", "json", "scores", "out", "out_dir", "output", "output_dir")
 
 
 @pytest.mark.parametrize(("name", "argument"), PLACES)
 def test_a_place_that_cannot_be_used_is_told_first(monkeypatch, capsys, tmp_path, name, argument):
-    """A device, a port, a file to write: whatever else the command is given, which is not there."""
+    """A device, a port, a file or folder to write: whatever else the command is given, which is not there."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with socket.socket() as taken:

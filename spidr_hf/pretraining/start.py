@@ -271,16 +271,8 @@ def complete_note(output_dir: Path, config: PretrainingConfig, checkpoint: Check
 
 
 def plan(config: PretrainingConfig, output_dir: Path, running: bool) -> Iterator[Line]:
-    """Whether the run's folder can be written to, and what will lie there; `running`: it holds a part of it already."""
-    existing = output_dir.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        yield Line(PROBLEM, f"{existing} is a file: choose another --output-dir.")
-        return
-    read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
-    if read_only or not os.access(existing, os.W_OK | os.X_OK):
-        yield Line(PROBLEM, f"{existing} cannot be written to: choose another --output-dir.")
+    """Whether the run's folder is free, and what will lie there; `running`: it holds a part of it already."""
+    existing = next(place for place in (output_dir.absolute(), *output_dir.absolute().parents) if place.exists())
     if _locked(output_dir / ".lock"):
         yield Line(PROBLEM, f"{output_dir} is in use by another run at present. Stop it first.")
     kept, each = config.run.keep_latest, checkpoint_bytes(config.model)

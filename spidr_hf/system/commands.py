@@ -107,6 +107,14 @@ def output_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def folder_path(text: str) -> Path:
+    """A `user_path` of a folder to write into, likewise."""
+    try:
+        return check_place(user_path(text), folder=True)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def picture_path(text: str) -> Path:
     """An `output_path` that ends as pictures do."""
     try:
@@ -171,6 +179,7 @@ __all__ = [
     "clear_errors",
     "describe",
     "end",
+    "folder_path",
     "output_path",
     "picture_path",
     "training_command",

@@ -47,12 +47,15 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
                 partial.unlink(missing_ok=True)
 
 
-def check_place(path: Path) -> Path:
-    """The path of a file to write. Raises `ValueError` where a folder is there, or none can be made for it."""
+def check_place(path: Path, *, folder: bool = False) -> Path:
+    """The path of a file to write, or of a `folder` to write into.
+
+    Raises `ValueError` where the other of the two is there, or no folder can be made for it, or nothing written.
+    """
     there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
-    if there.is_dir() == (there == path.absolute()):
+    if there.is_dir() != (folder or there != path.absolute()):
         raise ValueError(f"{path} cannot be written: {there} is {'a' if there.is_dir() else 'no'} folder.")
-    if not os.access(there if there.is_dir() else there.parent, os.W_OK):
+    if not os.access(there if there.is_dir() else there.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written: nothing may be written there.")
     return path
 

@@ -15,7 +15,7 @@ from ..data.audio import resampler_name
 from ..data.open import open_data
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.loading import DTYPES
-from ..system.commands import user_path
+from ..system.commands import folder_path
 from ..system.errors import NonFiniteError
 from ..system.messages import counted
 from .extraction_run import Shard, run_extraction
@@ -37,7 +37,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, out_dir: str, data: str 
         "name:config:split"
     )
     parser.add_argument("data", metavar="DATA", help=f"{data}: {kinds}" if data else kinds)
-    parser.add_argument("out_dir", metavar="OUT_DIR", type=user_path, help=out_dir)
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=folder_path, help=out_dir)
     parser.add_argument("--resample", action="store_true", help="take audio of any rate and number of channels")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub (default: the main branch)")
 

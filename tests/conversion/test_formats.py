@@ -287,7 +287,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="not empty"):
         convert(source, tmp_path / "full")
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
-    with pytest.raises(ConversionError, match="is a file"):
+    with pytest.raises(ConversionError, match="is no folder"):
         convert(source, tmp_path / "full" / "mine.txt")
     assert (convert(source, tmp_path / "empty") / "model.safetensors").exists()
 

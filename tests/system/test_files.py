@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from spidr_hf.system.files import (
+    check_place,
     make_public,
     remove_abandoned,
     replaced_file,
@@ -200,3 +201,23 @@ def test_a_full_disk_by_the_writer_of_pytorch_is_one_of_the_disk(tmp_path, small
     with pytest.raises(OSError, match="No space left on device") as error, replaced_file(tmp_path / "a.pt") as partial:
         torch.save(torch.zeros(100_000), partial)
     assert error.value.filename == str(tmp_path / "a.pt") and not list(tmp_path.iterdir())
+
+
+def test_places_for_files_and_folders(tmp_path, monkeypatch):
+    file, new = tmp_path / "file", tmp_path / "a" / "b"
+    file.touch()
+    for place, folder in ((file, False), (tmp_path, True), (new, False), (new, True)):
+        assert check_place(place, folder=folder) == place
+    for place, folder, kind in (
+        (tmp_path, False, "a"),
+        (file, True, "no"),
+        (file / "a", False, "no"),
+        (file / "a", True, "no"),
+    ):
+        with pytest.raises(ValueError, match=f"{place} cannot be written: .* is {kind} folder"):
+            check_place(place, folder=folder)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for folder in (False, True):
+        with pytest.raises(ValueError, match="nothing may be written there"):
+            check_place(new, folder=folder)
+    assert list(tmp_path.iterdir()) == [file]
