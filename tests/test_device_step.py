@@ -344,6 +344,29 @@ def test_the_pass_over_silence_is_not_compiled(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_layers_are_the_same_graphs_in_ddp(tmp_path):
+    """The compiler cuts graphs of modules in DDP to pieces of a MiB and 25 MiB, which a layer of the base model has."""
+    graphs = {}
+    for processes in (1, 2):
+        torch._dynamo.reset()
+        sizes = graphs[processes] = []
+
+        def backend(graph, _, sizes=sizes):
+            sizes.append(len(graph.graph.nodes))
+            return graph.forward
+
+        model = tiny_model(hidden_size=192, num_attention_heads=4, intermediate_size=1500).train()
+        compile_layers(model, backend=backend)
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path / str(processes)}", rank=0, world_size=1)
+        try:
+            launched = SimpleNamespace(num_processes=processes, device=torch.device("cpu"))
+            shared = distribute(model, launched, silence(model))
+            shared(torch.randn(2, 4000), mask_time_indices=frame_indices(model, 2, 4000)).loss.backward()
+        finally:
+            torch.distributed.destroy_process_group()
+    assert len(graphs[1]) == 4 and graphs[1] == graphs[2]
+
+
 def test_compiled_layers_are_few_graphs_for_all_lengths():
     torch._dynamo.reset()
     counters.clear()

@@ -146,7 +146,8 @@ def compile_layers(model: SpidrForPretraining, convolutions: bool = False, **opt
     Batches and lengths are symbols from the start, so that no length costs a compilation. `options` go to
     `torch.compile`. All layers are one piece of code to the compiler, which makes a graph of it for each kind of
     batch: student or teacher, last layer or not, padded or not, one row or more, with gradients or without. Beyond its
-    usual 8 it would run the others as they are; its limit is raised for the process.
+    usual 8 it would run the others as they are; its limit is raised for the process. In DDP it would cut each graph in
+    two where DDP's first buckets end, which is for models that are one graph; that is switched off.
 
     Args:
         convolutions: compile feature extractor and positional convolutions, too. Without it they run as what they are
@@ -157,6 +158,7 @@ def compile_layers(model: SpidrForPretraining, convolutions: bool = False, **opt
             `examples/benchmark_cuda.py` times every combination and names the fastest.
     """
     torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.optimize_ddp = False
     for encoder in (model.spidr.encoder, model.teacher):
         for layer in encoder.layers:
             layer.compile(dynamic=True, **options)
