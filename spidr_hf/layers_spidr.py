@@ -823,14 +823,17 @@ class SpidrEncoder(nn.Module):
 
     def _fuses(self, hidden_states: Tensor) -> bool:
         """Whether sum and norm of positions are one kernel, which leaves them in the dtype that it is given."""
-        fuses = self.layers and self.layers[0].fuses(hidden_states) and hidden_states.dtype == torch.float32
-        return bool(fuses) and is_plain(self.layer_norm) and is_untouched(self.dropout)
+        fuses = not self.config.do_stable_layer_norm and kernels_run(hidden_states)
+        fits = hidden_states.shape[-1] <= MAX_CHANNELS and hidden_states.dtype == torch.float32
+        return fuses and fits and is_plain(self.layer_norm) and is_untouched(self.dropout)
 
     def _seeds(self, hidden_states: Tensor) -> Tensor | None:
-        """Of dropout in the layers' kernels, in one launch for all."""
-        if not (
-            self.training and self.config.hidden_dropout > 0 and self.layers and self.layers[0].fuses(hidden_states)
-        ):
+        """Of dropout in the layers' kernels, in one launch for all.
+
+        Not only where the layers can be seen to need them: those of a sharded model are in place only while they run.
+        """
+        drops = self.training and self.config.hidden_dropout > 0 and not self.config.do_stable_layer_norm
+        if not (drops and kernels_run(hidden_states)):
             return None
         return draw_seeds(2 * len(self.layers), hidden_states.device).unflatten(0, (-1, 2))
 
