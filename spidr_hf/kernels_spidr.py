@@ -811,6 +811,7 @@ def normalized_rows(representations: list[Tensor], rows: Tensor, lengths: Tensor
     form.)"""
     from .triton_spidr import normalized_frames, time_statistics
 
+    rows, lengths = rows.contiguous(), None if lengths is None else lengths.contiguous()
     batch, length, width = representations[0].shape
     frames, block_width = len(rows), min(64, _power_of_2(width))
     out = rows.new_empty((len(representations), frames, width), dtype=torch.float32)
@@ -934,7 +935,8 @@ def codeword_statistics(labels: Tensor, targets: Tensor, size: int) -> tuple[Ten
     width = targets.shape[-1]
     from .triton_spidr import codeword_sums
 
-    sorted_labels, order = labels.sort(dim=1, stable=True)
+    # What is sorted lies as what it was made from.
+    sorted_labels, order = labels.contiguous().sort(dim=1, stable=True)
     codewords = torch.arange(size, device=labels.device).expand(codebooks, size).contiguous()
     ends = torch.searchsorted(sorted_labels, codewords, right=True)
     sums = targets.new_empty((codebooks, size, width))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import FullyShardedDataParallelPlugin
 from interpreted import need_interpreter, run_kernels_anywhere
 from tiny import random_mask, tiny_config
 
@@ -26,6 +27,7 @@ from spidr_hf.kernels_spidr import (
     residual_norm,
     use_kernels,
 )
+from spidr_hf.training.sharding import shard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of bfloat16: half a unit in the last place of the result, and of what the plain form rounds on the way.
@@ -290,6 +292,7 @@ def test_targets(kernels, length, width, padded, dtype):
     representations[1] = representations[1].transpose(1, 2).contiguous().transpose(1, 2)
     lengths = torch.tensor([length, 1 + length // 2, 1], device=DEVICE) if padded else None
     rows = torch.tensor([0, length - 1, length, 3 * length - 1, 0], device=DEVICE)
+    rows = torch.stack([rows, rows.flip(0)], 1)[:, 0]
     ours = instance_norm_rows(representations, rows, lengths)
     assert not len(instance_norm_rows(representations, rows[:0], lengths)[0])
     use_kernels(False)
@@ -312,7 +315,7 @@ def test_labels_counts_and_sums(kernels, frames, size, width):
     assert torch.equal(counts, onehot.sum(1))
     torch.testing.assert_close(sums, onehot.transpose(1, 2) @ targets, rtol=1e-5, atol=1e-4)
     assert not sums[counts == 0].any()
-    again = codeword_statistics(labels, targets, size)
+    again = codeword_statistics(labels.t().contiguous().t(), targets, size)  # however they lie
     assert torch.equal(counts, again[0]) and torch.equal(sums, again[1])
 
 
@@ -382,6 +385,25 @@ def test_the_model_is_the_same_with_and_without(monkeypatch, request, kernel):
     request.getfixturevalue("kernels")
     for ours, theirs in zip(run_model(conv_pos_kernel_size=kernel), plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sharded_model_drops_and_computes_the_same(kernels, tmp_path):
+    """Its layers are in place only while they run, and the encoder decides for them before."""
+    changes, inputs = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "conv_pos_kernel_size": 9}, tensor(2, 4000)
+    losses = []
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            model = SpidrForPretraining(tiny_config(**changes)).to(DEVICE).train()
+            if sharded:
+                shard(model, FullyShardedDataParallelPlugin(fsdp_version=2))
+            torch.manual_seed(1)
+            losses.append(model(inputs, mask_time_indices=random_mask(2, 12).to(DEVICE)).loss.detach())
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(*losses)
 
 
 def test_the_model_in_bfloat16_errs_no_more_in_kernels(kernels, monkeypatch):
