@@ -25,7 +25,7 @@ import huggingface_hub
 from transformers.utils import logging
 
 from spidr_hf.hub.card import converted_card
-from spidr_hf.system.commands import HelpFormatter
+from spidr_hf.system.commands import HelpFormatter, end
 from spidr_hf.system.files import remove_abandoned
 from spidr_hf.system.messages import one_line
 
@@ -121,7 +121,11 @@ def push(folder: str, repository: str, *, private: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, prog="convert_checkpoint.py")
+    if arguments is None:  # as a command, by whatever name
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders go
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "source",
         metavar="SOURCE",
@@ -168,13 +172,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConversionError, OSError, MemoryError) as error:
         print(f"error: {one_line(error) or type(error).__name__}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        end("Interrupted. The same command starts again.")
     return 0
 
 
 __all__ = ["convert", "main", "push", "verify"]
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders go
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     sys.exit(main())

@@ -19,7 +19,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 
 import torch
 
-from spidr_hf.system.commands import HelpFormatter, output_path
+from spidr_hf.system.commands import HelpFormatter, end, output_path
 from spidr_hf.system.files import new_parents, publish, unfinished
 from spidr_hf.system.messages import one_line, shown
 
@@ -78,7 +78,7 @@ def export(folder: str | os.PathLike, output: str | os.PathLike, *, allow_non_fi
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, prog="export_checkpoint.py")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", help="a converted or trained pretraining model")
     parser.add_argument("output", type=output_path, metavar="OUTPUT.pt", help="the checkpoint to write")
     parser.add_argument("--allow-non-finite", action="store_true", help=ALLOW_NON_FINITE)
@@ -88,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConversionError, OSError, MemoryError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        end("Interrupted. The same command starts again.")
     print(f"Wrote {options.output} and {Path(options.output).parent / 'config.json'}.")
     return 0
 

@@ -49,7 +49,7 @@ def main() -> None:
         sys.exit(f"error: there is no command {name!r}. {hint}")
     if name in _TRAINS and "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.execv(sys.executable, [sys.executable, "-m", "spidr_hf", name, *arguments])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # as it was started: `-m` finds other modules
     sys.argv = [f"spidr-hf {name}", *arguments]
     sys.exit(importlib.import_module(module_of(name)).main())
 

@@ -131,9 +131,28 @@ def test_lists_hints_and_version(monkeypatch, capsys):
     assert "alone lists them" in run(monkeypatch, capsys, "zzz")[1]
 
 
-def test_a_command_speaks_of_itself_by_this_name(monkeypatch, capsys):
-    status, printed = run(monkeypatch, capsys, "compare-runs")
-    assert status == 2 and "usage: spidr-hf compare-runs" in printed
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_speaks_of_itself_by_this_name(monkeypatch, capsys, name):
+    status, printed = run(monkeypatch, capsys, name, "--help")
+    assert status == 0 and printed.startswith(f"usage: spidr-hf {name} ")
+
+
+def test_a_command_that_starts_anew_is_what_was_started(monkeypatch):
+    """Not `-m`, which finds the modules of the folder that one is in first."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(sys, "argv", ["spidr-hf", "pretrain", "--dry-run"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-P", "/venv/bin/spidr-hf", "pretrain", "--dry-run"])
+    started = []
+
+    def stop(path: str, arguments: list[str]) -> None:
+        started.extend([path, *arguments])
+        raise Stopped
+
+    monkeypatch.setattr(os, "execv", stop)
+    with pytest.raises(Stopped):
+        main()
+    assert started == [sys.executable, sys.executable, "-P", "/venv/bin/spidr-hf", "pretrain", "--dry-run"]
+    assert os.environ.pop("OMP_WAIT_POLICY") == "PASSIVE"
 
 
 def test_info(monkeypatch, capsys, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,23 @@ def test_a_killed_conversion_is_tidied_up_by_the_next(tmp_path: Path, monkeypatc
     assert names(tmp_path) == [left.name, "other"]  # of another target
     convert_checkpoint.convert(str(TINY), str(tmp_path / "o"))
     assert names(tmp_path) == ["o", "other"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, "Interrupted")])
+@pytest.mark.parametrize("name", ["convert_checkpoint.py", "spidr-hf convert"])
+def test_a_conversion_that_is_stopped_leaves_nothing(
+    number: int, status: object, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever name it was started."""
+    monkeypatch.setattr(sys, "argv", [name, str(TINY), str(tmp_path / "o")])
+    monkeypatch.setattr(convert_checkpoint, "converted_card", lambda *_, **__: os.kill(os.getpid(), number))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            convert_checkpoint.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert str(stopped.value.code).startswith(str(status)) and names(tmp_path) == []
 
 
 def test_a_refused_start_tidies_up_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
