@@ -63,13 +63,14 @@ def convert(
     found = find_source(source)
     if objective and found.objective and objective != found.objective:
         raise ConversionError(f"{source} was trained with --objective {found.objective}, not {objective}.")
-    converted = read_pretraining_checkpoint(
-        found.path,
-        given,
-        objective or found.objective,
-        config_beside=found.config,
-        allow_non_finite=allow_non_finite,
-    )
+    with found.reading():
+        converted = read_pretraining_checkpoint(
+            found.path,
+            given,
+            objective or found.objective,
+            config_beside=found.config,
+            allow_non_finite=allow_non_finite,
+        )
     for note in converted.notes:
         print(f"note: {one_line(note)}", file=sys.stderr)
     if model_id is None:

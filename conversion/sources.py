@@ -9,6 +9,8 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from huggingface_hub.errors import (
 from tqdm import tqdm
 
 from spidr_hf.hub.card import published
-from spidr_hf.system.files import publish, unfinished
+from spidr_hf.system.files import publish, unfinished, write_bytes
 from spidr_hf.system.messages import counted, one_line, shown
 from spidr_hf.system.tables import known_table
 
@@ -46,6 +48,24 @@ class Source:
     objective: str | None = None
     card: dict[str, Any] | None = None  # of the published checkpoint that this is
     origin: str = ""  # as the user would find it again
+    downloaded: bool = False  # by `download`
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around reading the file: a published checkpoint that cannot be read is damaged, and is not kept.
+
+        Raises:
+            ConversionError: as what is inside, saying so.
+        """
+        try:
+            yield
+        except ConversionError as error:
+            machine = isinstance(error.__context__, (MemoryError, OSError))  # at fault
+            if machine or not (self.card and self.downloaded):
+                raise
+            with suppress(OSError):
+                self.path.unlink()
+            raise ConversionError(f"{error} It is removed: the same command downloads it again.") from error
 
 
 def find_source(source: str) -> Source:
@@ -101,34 +121,49 @@ def _from_url(url: str) -> Source:
     mirror = os.environ.get(MIRROR_VARIABLE)
     place = urllib.parse.urlsplit(url)
     fetched = mirror.rstrip("/") + place.path if mirror and card else url
-    path = download(fetched)
-    source = Source(path, _config_beside(fetched), origin=url, card=card)
+    offline = bool(constants.HF_HUB_OFFLINE and card and not mirror)
+    path = download(fetched, offline=offline)
+    config = _config_beside(fetched, path.with_name(f"{path.name}.config.json"), offline=offline)
+    source = Source(path, config, origin=url, card=card, downloaded=True)
     if card:
         source.objective = card["source"]["objective"]
     return source
 
 
-def _config_beside(url: str) -> dict[str, Any] | None:
-    """The config.json in the same place as `url`, if there is one."""
+def _config_beside(url: str, copy: Path, *, offline: bool) -> dict[str, Any] | None:
+    """The config.json in the same place as `url`, if there is one; where nobody answers, its `copy` of before."""
     place = urllib.parse.urlsplit(url)
     beside = place._replace(path=place.path.rpartition("/")[0] + "/config.json").geturl()
     try:
-        with urllib.request.urlopen(_request(beside), timeout=60) as response:
-            return parse_table(response.read(_LARGEST_BESIDE), beside)
-    except (OSError, ValueError, http.client.HTTPException):
+        with _open(beside, offline=offline) as response:
+            content = response.read(_LARGEST_BESIDE)
+        table = parse_table(content, beside)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if not isinstance(error, ValueError) and getattr(error, "code", 500) >= 500:
+            return known_table(copy) or None
+        with suppress(OSError):
+            copy.unlink(missing_ok=True)
         return None
+    with suppress(OSError):  # the cache may be one that can only be read
+        write_bytes(copy, content)
+    return table
 
 
-def _request(url: str, headers: dict[str, str] | None = None) -> urllib.request.Request:
-    return urllib.request.Request(url, headers={"User-Agent": "spidr_hf", **(headers or {})})
+def _open(url: str, headers: dict[str, str] | None = None, *, offline: bool = False) -> Any:
+    """A server's answer."""
+    if offline:
+        raise OSError("HF_HUB_OFFLINE is set")
+    request = urllib.request.Request(url, headers={"User-Agent": "spidr_hf", **(headers or {})})
+    return urllib.request.urlopen(request, timeout=60)
 
 
-def download(url: str, folder: Path | None = None) -> Path:
+def download(url: str, folder: Path | None = None, *, offline: bool = False) -> Path:
     """Fetches `url` into a cache and returns the file, complete or not at all. What is there and unchanged is reused.
 
     Args:
         url: http or https.
         folder: the cache; by default `spidr_hf` in the Hugging Face home (`HF_HOME`).
+        offline: nobody is asked; what is there counts as unchanged.
     """
     folder = folder or Path(constants.HF_HOME) / "spidr_hf"
     name = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2]) or "checkpoint"
@@ -136,7 +171,7 @@ def download(url: str, folder: Path | None = None) -> Path:
     tags = path.with_name(path.name + ".tags.json")
     stored = _tags(tags) if path.is_file() else {}
     try:
-        with urllib.request.urlopen(_request(url, stored), timeout=60) as response:
+        with _open(url, stored, offline=offline) as response:
             path.parent.mkdir(parents=True, exist_ok=True)
             if length := response.headers.get("Content-Length"):
                 print(f"Downloading {url}, {int(length) / 1e6:.0f} MB, once.", file=sys.stderr)
@@ -144,15 +179,15 @@ def download(url: str, folder: Path | None = None) -> Path:
             validators = (("ETag", "If-None-Match"), ("Last-Modified", "If-Modified-Since"))
             new = {ask: response.headers[tell] for tell, ask in validators if response.headers[tell]}
             tags.write_text(json.dumps(new))
-    except urllib.error.HTTPError as error:
-        if error.code == 304:
-            return path
-        raise ConversionError(f"{url} cannot be fetched: the server answers {error.code} {error.reason}.") from None
     except (OSError, http.client.HTTPException) as error:
-        if path.is_file():
-            print(f"{url} cannot be reached ({one_line(error)}); using the copy in {shown(path)}.", file=sys.stderr)
+        code, reason = getattr(error, "code", None), getattr(error, "reason", error)
+        if code == 304:
             return path
-        raise ConversionError(f"{url} cannot be fetched: {getattr(error, 'reason', error)}.") from None
+        why = f"the server answers {code} {reason}" if code else one_line(reason)
+        if path.is_file():
+            print(f"{url} cannot be fetched ({why}); using the copy in {shown(path)}.", file=sys.stderr)
+            return path
+        raise ConversionError(f"{url} cannot be fetched: {why}.") from None
     return path
 
 

@@ -228,7 +228,8 @@ def read_original(start: str, config: PretrainingConfig) -> tuple[SpidrConfig, d
     beside = found.config or (read_config(path) if (path := found.path.with_name("config.json")).is_file() else None)
     given = to_model_section(config.model) if beside is None else None
     objective = found.objective or (None if beside and objective_of(beside) else config.model.objective)
-    converted = read_pretraining_checkpoint(found.path, given, objective, config_beside=beside)
+    with found.reading():
+        converted = read_pretraining_checkpoint(found.path, given, objective, config_beside=beside)
     return converted.config, converted.tensors
 
 

@@ -153,6 +153,9 @@ def test_downloads_are_kept_and_checked(server: Server, capsys: pytest.CaptureFi
     assert download(url).read_bytes() == b"one"
     server.files["/a.pt"], server.tags["/a.pt"] = b"two", '"2"'
     assert download(url).read_bytes() == b"two"
+    del server.files["/a.pt"]
+    assert download(url).read_bytes() == b"two"
+    assert "the server answers 404" in capsys.readouterr().err
     server.shutdown()
     server.server_close()
     assert download(url).read_bytes() == b"two"
@@ -195,6 +198,25 @@ def test_broken_downloads_leave_nothing(server: Server, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="answers 404"):
         find_source(f"{server.url}/b.pt")
     server.server_close()
+
+
+def test_the_config_beside_a_url_is_found_again_without_a_network(server: Server, tmp_path: Path) -> None:
+    server.files = {"/a.pt": BARE, "/config.json": CONFIG}
+    config = find_source(f"{server.url}/a.pt").config
+    assert config == json.loads(CONFIG)
+    server.shutdown()
+    server.server_close()
+    assert find_source(f"{server.url}/a.pt").config == config
+
+
+def test_a_config_that_is_gone_is_not_found_again(server: Server) -> None:
+    server.files = {"/a.pt": BARE, "/config.json": CONFIG}
+    find_source(f"{server.url}/a.pt")
+    del server.files["/config.json"]
+    assert find_source(f"{server.url}/a.pt").config is None
+    server.shutdown()
+    server.server_close()
+    assert find_source(f"{server.url}/a.pt").config is None
 
 
 def test_what_lies_beside_a_url_need_not_be_a_config(server: Server) -> None:
