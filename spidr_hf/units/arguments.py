@@ -90,15 +90,7 @@ def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_shard(text: str) -> Shard:
     """`i/n`, with i counted from 1 or from 0 (n/n is 0/n); or `slurm`, the task of a job array."""
     if text == "slurm":
-        names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")
-        try:
-            task, first, step, count = (int(os.environ.get(name, "1")) for name in names)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"SLURM's job array is none: {error}.") from error
-        if names[0] not in os.environ or names[3] not in os.environ:
-            raise argparse.ArgumentTypeError("slurm needs a job array: sbatch --array=1-8, for example, or give I/N.")
-        # Of an array like 3,7,9 the numbers are spread over its parts as they come.
-        return Shard((task - first) // max(1, step) % count, count) if count > 0 else Shard(0, 1)
+        return _part_of_array()
     try:
         index, count = map(int, text.split("/"))
     except ValueError:
@@ -106,6 +98,24 @@ def parse_shard(text: str) -> Shard:
     if not (count > 0 and 0 <= index <= count):
         raise argparse.ArgumentTypeError(f"{text!r} is no part: 1/8 to 8/8 are the parts of eight.")
     return Shard(index % count, count)
+
+
+def _part_of_array() -> Shard:
+    names = [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "MAX", "STEP")]
+    if names[0] not in os.environ or names[1] not in os.environ:
+        raise argparse.ArgumentTypeError("slurm needs a job array: sbatch --array=1-8, for example, or give I/N.")
+    try:
+        task, count, first, last, step = (int(os.environ.get(name, "1")) for name in names)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"SLURM's job array is none: {error}.") from error
+    place, beside = divmod(task - first, max(1, step))
+    # A task sees its own number, not those of the others.
+    if beside or not 0 <= place < count or (names[3] in os.environ and (last - first) // max(1, step) + 1 != count):
+        raise argparse.ArgumentTypeError(
+            f"tasks of an array with gaps do not know which part is theirs: sbatch --array=1-{count} computes what is "
+            "missing, whatever the array was before."
+        )
+    return Shard(place, count)
 
 
 def layout_of(args: argparse.Namespace) -> Layout:

@@ -23,13 +23,14 @@ from tqdm import tqdm
 from ..data.sources import AudioSource, Skipped
 from ..system.errors import RunFolderError
 from ..system.files import naming, write_text
-from ..system.messages import counted
+from ..system.messages import counted, warn_once
 from ..system.processes import RunLock
 from ..system.tables import json_lines
 from .extractor import Extractor, Throughput, extract, plan_batches
 from .stores import LENGTHS_FILE, OtherLength, Store
 
 SKIPPED_FILE = "skipped.jsonl"
+_STARTED = "started"  # among the journals: the store is prepared
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Summary:
     """What an extraction did: utterances computed and found done, what was skipped, and where results lie.
 
     `not_finite`: those of the skipped whose results are NaN or infinite. `lengths`: what is not as long as DATA says.
-    `waiting`: utterances that other shards have yet to compute.
+    `waiting`: utterances that other shards have yet to compute; None while some of these are at work.
     """
 
     computed: int
@@ -48,13 +49,15 @@ class Summary:
     seconds: float
     files: list[Path]
     throughput: str
-    waiting: int = 0
+    waiting: int | None = 0
 
     def __str__(self) -> str:
         text = f"{counted(self.computed, 'utterance')} computed ({self.throughput})"
         if self.found:
             text += f", {self.found} there before"
-        if self.waiting:
+        if self.waiting is None:
+            text += "; other shards are at work, the last of which writes the files"
+        elif self.waiting:
             text += f"; {self.waiting} left to other shards, the last of which writes the files"
         return text
 
@@ -89,35 +92,35 @@ def run_extraction(
     folder = store.journal_folder
     with ExitStack() as held:
         lock = held.enter_context(_lock(store.root, shard)) if state.is_main_process else None
-        if state.is_main_process:
-            _keep_apart(folder, shard, held)
+        own = _keep_apart(folder, shard, held) if state.is_main_process else None
         todo = store.missing(extractor, source)
         earlier = list(folder.glob("*.jsonl"))
-        begun = bool(shard and (earlier or len(list(folder.glob("shard-*"))) > 1))
+        begun = bool(shard and (earlier or (folder / _STARTED).exists()))
+        missing = set(todo)
+        # Whole batches are dealt and computed, the same as one process makes that is never stopped: so the results are
+        # the same to the last bit.
+        part = plan_batches(source, extractor) if todo else []
+        part = part[shard.index :: shard.count] if shard else part
+        part = [batch for batch in part if not missing.isdisjoint(batch)]
         # All have looked before anyone writes: every process sees the same list.
         state.wait_for_everyone()
         throughput = Throughput()
         name = f"{time.time_ns()}-{f'{shard.index}of{shard.count}-' if shard else ''}{state.process_index}.jsonl"
-        if todo:
+        if part:  # of more shards than batches some have nothing to do
             folder.mkdir(parents=True, exist_ok=True)
             if state.is_main_process and not begun:
                 store.start()
+                (folder / _STARTED).touch()
             state.wait_for_everyone()
             if lock is not None and shard:
                 lock.release()  # others may begin
-            missing = set(todo)
-            # Whole batches are dealt and computed, the same as one process makes that is never stopped: so the results
-            # are the same to the last bit.
-            part = plan_batches(source, extractor)
-            part = part[shard.index :: shard.count] if shard else part
-            part = part[state.process_index :: state.num_processes]
-            batches = [batch for batch in part if not missing.isdisjoint(batch)]
+            batches = part[state.process_index :: state.num_processes]
             progress = progress and state.is_main_process
             _extract_part(source, extractor, store, batches, missing, folder / name, threads, progress)
         state.wait_for_everyone()
         if not state.is_main_process:
             return None
-        if shard and lock is not None:
+        if shard and lock is not None and own is not None:
             mine = [path for path in folder.glob(f"*-{shard.index}of{shard.count}-*.jsonl") if path not in earlier]
             done = _read_journals(mine)
             lock.release()
@@ -126,14 +129,17 @@ def run_extraction(
             throughput.seconds = done.seconds
             if todo and not folder.exists():  # another one was the last, and has put all together
                 return Summary(done.computed, found, [], [], [], done.seconds, [], str(throughput))
+            others = _others_at_work(folder, own)
+            own.release()  # before the other lock is: of two that end at once one finds itself the last
+            if others:
+                skipped, bad = list(done.skipped.values()), list(done.not_finite.values())
+                return Summary(done.computed, found, skipped, bad, [], done.seconds, [], str(throughput), None)
             # What is still missing, and was not found to be of no use, other shards have to compute.
             missing = set(store.missing(extractor, source))
             entries = _read_journals(sorted(folder.glob("*.jsonl")))
             unusable = {fileid for fileid in entries.skipped if fileid in {store.fileids[index] for index in missing}}
             waiting = len(missing) - len(unusable)
             if waiting:
-                if not any(path.stat().st_size for path in folder.glob("*.jsonl")):
-                    _clear(folder)  # all is done but what cannot be used, and that is another shard's to try again
                 skipped = [entry for fileid, entry in done.skipped.items() if fileid in unusable]
                 bad = [entry for fileid, entry in done.not_finite.items() if fileid in unusable]
                 return Summary(done.computed, found, skipped, bad, [], done.seconds, [], str(throughput), waiting)
@@ -143,13 +149,17 @@ def run_extraction(
 
 @contextmanager
 def _lock(folder: Path, shard: Shard | None) -> Iterator[RunLock]:
-    """Keeps other extractions out of the folder; shards wait, since each holds it for moments only."""
-    try:
-        lock = RunLock(folder, patience=60.0 if shard else 2.0)
-    except RunFolderError as error:
-        raise ValueError(
-            f"Another extraction is writing into {folder}: wait for it, or give another OUT_DIR."
-        ) from error
+    """Keeps other extractions out of the folder; shards wait, since each holds it only while it looks what is there."""
+    lock, patience = None, 30.0 if shard else 2.0
+    while lock is None:
+        try:
+            lock = RunLock(folder, patience)
+        except RunFolderError as error:
+            if shard is None:
+                raise ValueError(
+                    f"Another extraction is writing into {folder}: wait for it, or give another OUT_DIR."
+                ) from error
+            warn_once("shards", f"Waiting for another extraction that writes into {folder}.")
     try:
         yield lock
     finally:
@@ -159,8 +169,8 @@ def _lock(folder: Path, shard: Shard | None) -> Iterator[RunLock]:
         lock.release()
 
 
-def _keep_apart(folder: Path, shard: Shard | None, held: ExitStack) -> None:
-    """Lets no shard run twice at a time, and none beside a run without shards."""
+def _keep_apart(folder: Path, shard: Shard | None, held: ExitStack) -> RunLock | None:
+    """Lets no shard run twice at a time, and none beside a run without shards. Returns the shard's lock."""
     own = folder / f"shard-{shard.index}-of-{shard.count}" if shard else None
     for path in folder.glob("shard-*") if own is None else [own]:
         try:
@@ -170,10 +180,22 @@ def _keep_apart(folder: Path, shard: Shard | None, held: ExitStack) -> None:
             raise ValueError(
                 f"Shard {index}/{count} is being extracted into {folder.parent.parent}: wait for it."
             ) from error
-        if own is None:
-            lock.release()
-        else:
+        if own is not None:
             held.callback(lock.release)
+            return lock
+        lock.release()
+    return None
+
+
+def _others_at_work(folder: Path, own: RunLock) -> bool:
+    """Whether other shards are: it spares this one the reading of all that there is, for nothing."""
+    for path in folder.glob("shard-*"):
+        if path != own.path.parent:
+            try:
+                RunLock(path, patience=0.0).release()
+            except RunFolderError:
+                return True
+    return False
 
 
 class _Journals(NamedTuple):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -23,6 +24,7 @@ from spidr_hf import SpidrFeatureExtractor, SpidrForPretraining
 from spidr_hf.configuration_spidr import frame_lengths
 from spidr_hf.data.manifests import Manifest, read_manifest
 from spidr_hf.system.messages import counted
+from spidr_hf.system.processes import RunLock
 from spidr_hf.units.arguments import parse_shard
 from spidr_hf.units.extraction_run import Shard
 from spidr_hf.units.extractor import Extractor
@@ -264,7 +266,7 @@ def test_bad_input(command, model_folder, data, tmp_path):
     fails(run_command(command, model_folder, data, out, "--window-seconds", 3), "longer than twice the context")
     fails(run_command(command, model_folder, data, out, "--device", "gpu"), "gpu")
     (tmp_path / "file").write_text("")
-    fails(run_command(command, model_folder, data, tmp_path / "file" / "out"), "Not a directory")
+    fails(run_command(command, model_folder, data, tmp_path / "file" / "out"), "file is no folder")
     assert not out.exists()
 
 
@@ -480,7 +482,8 @@ def test_shards_merge_into_the_files_of_one_process(model_folder, some_bad, tmp_
         assert ("left to other shards" in done.out) == (part != parts[-1]), part
         assert (tmp_path / "many" / "skipped.jsonl").exists() == (part == parts[-1])
     if len(parts) > 3:
-        run_command(command, model_folder, some_bad, tmp_path / "many", *arguments, "--shard", "0/9")
+        for part in ("0/9", "8/9"):  # the second has nothing to do, and comes when all is done
+            run_command(command, model_folder, some_bad, tmp_path / "many", *arguments, "--shard", part)
     assert tree(tmp_path / "many") == tree(tmp_path / "one")
 
 
@@ -508,10 +511,35 @@ def test_shards_and_others_are_kept_apart(model_folder, some_bad, tmp_path, monk
         if held:
             fails(run_command(*arguments), "Shard 1/3 is being extracted")
             fails(run_command(*arguments, "--shard", "1/3"), "is being extracted")
-            assert run_command(*arguments, "--shard", "2/3").status == 0
+            done = run_command(*arguments, "--shard", "2/3")
+            assert done.status == 0 and "other shards are at work" in done.out
         else:
             fails(run_command(*arguments), "Another extraction")
         process.communicate(b"\n")
+
+
+def test_a_shard_without_anything_to_do_leaves_the_others_their_journals(model_folder, some_bad, tmp_path):
+    """Also where one has computed nothing yet, and on disks that do not tell whether it is at work."""
+    arguments = ("extract_features", model_folder, some_bad, tmp_path / "out", "--layers", 4, "--batch-seconds", 2)
+    run_command(*arguments, "--shard", "0/20")
+    (folder,) = (tmp_path / "out" / ".partial").iterdir()
+    for journal in folder.glob("*.jsonl"):
+        journal.write_text("")
+    before = sorted(folder.iterdir())
+    assert "left to other shards" in run_command(*arguments, "--shard", "19/20").out
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_shard_waits_for_its_turn(model_folder, some_bad, tmp_path, monkeypatch):
+    """However long others take to see what is there: with many recordings, and many shards, minutes."""
+    module = spidr_hf.units.extraction_run
+    monkeypatch.setattr(module, "RunLock", lambda folder, patience: RunLock(folder, min(patience, 0.2)))
+    holder = [sys.executable, "-c", HOLDER, tmp_path / "out"]
+    with subprocess.Popen(holder, stdout=subprocess.PIPE, stdin=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout.readline().strip() == b"held"
+        threading.Timer(1, process.communicate, [b"\n"]).start()
+        done = run_command("extract_units", model_folder, some_bad, tmp_path / "out", "--shard", "1/1")
+    assert done.status == 0 and (tmp_path / "out" / "4" / "units.jsonl").exists()
 
 
 HOLDER = """
@@ -532,15 +560,32 @@ sys.stdin.readline()
         ("0/8", {}, (0, 8)),
         ("slurm", {"ID": "5", "MIN": "1", "COUNT": "8", "STEP": "1"}, (4, 8)),
         ("slurm", {"ID": "6", "MIN": "0", "COUNT": "4", "STEP": "2"}, (3, 4)),
+        ("slurm", {"ID": "6", "MIN": "0", "MAX": "7", "COUNT": "4", "STEP": "2"}, (3, 4)),
+        ("slurm", {"ID": "15", "MIN": "0", "MAX": "15", "COUNT": "16", "STEP": "1"}, (15, 16)),
+        ("slurm", {"ID": "7", "MIN": "3", "MAX": "7", "COUNT": "2", "STEP": "4"}, (1, 2)),
         ("slurm", {"ID": "0", "COUNT": "1", "MIN": "0"}, (0, 1)),
     ],
 )
 def test_parts(monkeypatch, text, environment, expected):
-    for name in ("ID", "MIN", "STEP", "COUNT"):
+    task_of_array(monkeypatch, environment)
+    assert parse_shard(text) == Shard(*expected)
+
+
+def task_of_array(monkeypatch, environment: dict[str, str]) -> None:
+    for name in ("ID", "MIN", "MAX", "STEP", "COUNT"):
         monkeypatch.delenv(f"SLURM_ARRAY_TASK_{name}", raising=False)
         if name in environment:
             monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", environment[name])
-    assert parse_shard(text) == Shard(*expected)
+
+
+@pytest.mark.parametrize("task", [3, 7, 9])
+@pytest.mark.parametrize("step", [1, 4])
+def test_an_array_with_gaps_is_refused(monkeypatch, task, step):
+    """Two of its tasks would take the same part, and nobody another."""
+    variables = {"ID": task, "MIN": 3, "MAX": 9, "COUNT": 3, "STEP": step}
+    task_of_array(monkeypatch, {name: str(value) for name, value in variables.items()})
+    with pytest.raises(argparse.ArgumentTypeError, match="sbatch --array=1-3"):
+        parse_shard("slurm")
 
 
 @pytest.mark.parametrize("text", ["9/8", "-1/8", "1/0", "a/b", "3", "slurm", "1/2/3"])
