@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from spidr_hf.evaluation.abx import FREQUENCY, NoTripletsError, Token, abx, read_items
-from spidr_hf.hub.card import add_results, evaluation_results
+from spidr_hf.hub.card import add_results, evaluation_results, read_card
 from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path, picture_path, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.messages import counted
@@ -69,6 +69,8 @@ def main() -> None:
     with clear_errors():
         if args.plot:  # what is missing is told before anything is computed
             from spidr_hf.plots.figures import layer_figure, save_figure
+        if args.card:
+            read_card(user_path(args.card[0]))
         device = device_of(args.device)
         if args.backend == "fastabx" and not args.units and importlib.util.find_spec("fastabx") is None:
             raise ValueError("fastabx is not installed (it needs Python >= 3.12): pip install fastabx.")

@@ -38,7 +38,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 from spidr_hf.data.alignments import SILENCES, read_alignments
 from spidr_hf.evaluation.discovery import ASSIGNMENTS, discovery_scores
 from spidr_hf.evaluation.phones import agreement, all_scores, count_pairs
-from spidr_hf.hub.card import add_results, evaluation_results
+from spidr_hf.hub.card import add_results, evaluation_results, read_card
 from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path, picture_path, user_path
 from spidr_hf.system.files import write_text
 from spidr_hf.system.messages import counted
@@ -83,6 +83,8 @@ def main() -> None:
     with clear_errors():
         if args.plot:  # what is missing is told before anything is computed
             from spidr_hf.plots.figures import layer_figure, matrix_figure, save_figure
+        if args.card:
+            read_card(user_path(args.card[0]))
         step = args.alignment_step / 1000
         alignments = read_alignments(args.alignments, step=step, tier=args.tier)
         files = unit_files(args.units)

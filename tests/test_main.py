@@ -240,6 +240,12 @@ def test_a_picture_ends_as_pictures_do(monkeypatch, capsys, name, argument):
     assert status == 2 and printed.endswith("picture.doc: a picture ends in .png, .pdf or .svg.\n")
 
 
+@pytest.mark.parametrize("name", ["evaluate-units", "evaluate-abx"])
+def test_a_card_that_is_not_there_is_told_first(monkeypatch, capsys, tmp_path, name):
+    status, printed = run(monkeypatch, capsys, name, *arguments_of(name), "--card", tmp_path, "dev")
+    assert status == 1 and "has no card" in printed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "package", "install"),

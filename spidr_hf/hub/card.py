@@ -8,6 +8,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .. import __version__
 from ..configuration_spidr import SAMPLING_RATE, SpidrConfig, receptive_field
 from ..objectives_spidr import get_objective
 from ..system.files import write_text
+from ..system.messages import one_line
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # In the repository the folder lies beside the package, in the wheel it is inside.
@@ -92,8 +94,9 @@ def base_model(start: str | Path | None) -> str | None:
     known |= {card["source"]["url"]: card["hub_id"] for card in published().values() if "url" in card["source"]}
     names: list[Any] = [known.get(str(start), start)]
     if start is not None and Path(start).exists():
-        path = Path(start) / "README.md"
-        data = ModelCard.load(path, ignore_metadata_errors=True).data if path.is_file() else ModelCardData()
+        path, data = Path(start) / "README.md", ModelCardData()
+        with suppress(YAMLError, ValueError, TypeError):  # whatever is wrong with a card, the model itself is there
+            data = ModelCard.load(path, ignore_metadata_errors=True).data if path.is_file() else data
         names = [data.model_name, data.base_model]
     return next((name for name in names if isinstance(name, str) and _REPOSITORY.fullmatch(name)), None)
 
@@ -132,21 +135,28 @@ def evaluation_results(
 def add_results(folder: str | Path, results: Sequence[EvalResult]) -> None:
     """Writes results into the metadata of a model folder's card, in place of those of the same score and data.
 
-    Raises `ValueError` where there is no card, or one whose metadata cannot be read.
+    Raises `ValueError` as `read_card`.
     """
+    card = read_card(folder)
+    before = card.data.eval_results or []
+    new = {(result.dataset_name, result.metric_name): result for result in results}
+    # What others wrote may share both names, and differ in split or configuration.
+    kept = [new.pop((result.dataset_name, result.metric_name), result) for result in before] + list(new.values())
+    if kept != before:
+        card.data.model_name = card.data.model_name or _UNNAMED
+        card.data.eval_results = kept
+        write_text(Path(folder) / "README.md", str(card))
+
+
+def read_card(folder: str | Path) -> ModelCard:
+    """A model folder's card. Raises `ValueError` where there is none, or one whose metadata cannot be read."""
     path = Path(folder) / "README.md"
     if not path.is_file():
         raise ValueError(f"{folder} has no card: there is no README.md in it.")
     try:
-        card = ModelCard.load(path)
-    except YAMLError as error:
-        raise ValueError(f"{path}: its metadata is no YAML.") from error
-    before = {(result.dataset_name, result.metric_name): result for result in card.data.eval_results or ()}
-    kept = before | {(result.dataset_name, result.metric_name): result for result in results}
-    if kept != before:
-        card.data.model_name = card.data.model_name or _UNNAMED
-        card.data.eval_results = list(kept.values())
-        write_text(path, str(card))
+        return ModelCard.load(path)
+    except (YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its metadata cannot be read ({one_line(error, 200)}).") from error
 
 
 def converted_card(
@@ -300,5 +310,6 @@ __all__ = [
     "evaluation_results",
     "finetuned_card",
     "published",
+    "read_card",
     "trained_card",
 ]

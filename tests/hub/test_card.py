@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from tiny import tiny_config, tiny_model
 from transformers import Wav2Vec2Processor
@@ -190,12 +190,42 @@ def test_what_the_hub_is_told_of_results(tmp_path) -> None:
     expected |= {("dev", "PNMI, layer 4"): 0.3, ("dev", "ABX error within speakers (%), layer 4"): 5}
     assert told(readme.read_text()) == expected
     assert readme.read_text().split("\n---\n", 1)[1].strip() == text.split("\n---\n", 1)[1].strip()
-    readme.write_text("---\na: [\n---\n")
-    with pytest.raises(ValueError, match="no YAML"):
-        add_results(tmp_path, [])
+    for broken in ("a: [", "- a", "1: a", "model-index: 1"):
+        readme.write_text(f"---\n{broken}\n---\n")
+        with pytest.raises(ValueError, match=r"README.md: its metadata cannot be read"):
+            add_results(tmp_path, [])
+        assert base_model(tmp_path) is None
     readme.unlink()
     with pytest.raises(ValueError, match="has no card"):
         add_results(tmp_path, [])
+
+
+def test_results_of_others_stay(tmp_path) -> None:
+    """They may differ in what ours do not say: the kind of score where it has no name, or the split."""
+    data = {"task_type": "automatic-speech-recognition", "dataset_type": "a/b", "dataset_name": "B"}
+    theirs = [
+        EvalResult(**data, metric_type="wer", metric_value=10),
+        EvalResult(**data, metric_type="cer", metric_value=3),
+        EvalResult(**data, metric_type="wer", metric_name="WER", metric_value=11, dataset_config="fr"),
+        EvalResult(**data, metric_type="wer", metric_name="WER", metric_value=12, dataset_config="de"),
+    ]
+    metadata = ModelCardData(model_name="me/mine", eval_results=theirs)
+    (tmp_path / "README.md").write_text(f"---\n{metadata.to_yaml()}\n---\n")
+    add_results(tmp_path, evaluation_results({"pnmi": 0.5}, "dev"))
+    found = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert sorted(result.metric_value for result in found) == [0.5, 3, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["my: data", "it's", '"quoted"', "# one", "no", "1e3", "- a", "{a}", "ü 音", "a\nb", " a ", "&a *b %c @d !e"],
+)
+def test_data_of_any_name(tmp_path, name: str) -> None:
+    (tmp_path / "README.md").write_text(trained_card(tiny_config(), "It was trained.", "[run]\n"))
+    for score in (0.4, 0.5):
+        add_results(tmp_path, evaluation_results({"pnmi": score}, name))
+    (found,) = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert (found.dataset_name, found.metric_value) == (name, 0.5)
 
 
 def test_the_model_that_another_comes_from(tmp_path, monkeypatch) -> None:
