@@ -85,10 +85,10 @@ def main() -> None:
             features = Units(path) if args.units else FeatureFiles(path)
             named = by_known_names(tokens, features, path)
             for speaker in tuple(speakers):
-                if use_fastabx(args, renamed=named != tokens):
-                    error = by_fastabx(args, path, features, speaker, limits)
-                else:
-                    try:
+                try:
+                    if use_fastabx(args, renamed=named != tokens):
+                        error = by_fastabx(args, path, features, speaker, limits)
+                    else:
                         error = abx(
                             named,
                             features,
@@ -100,12 +100,12 @@ def main() -> None:
                             progress=True,
                             **limits,
                         )
-                    except NoTripletsError as reason:
-                        if speakers == [speaker]:
-                            raise
-                        print(reason, file=sys.stderr)
-                        speakers.remove(speaker)
-                        continue
+                except NoTripletsError as reason:
+                    if speakers == [speaker]:
+                        raise
+                    print(reason, file=sys.stderr)
+                    speakers.remove(speaker)
+                    continue
                 scores.setdefault(layer, {})[speaker] = 100 * error
         single = None in scores
         result = scores[None] if single else {"layers": {str(layer): values for layer, values in scores.items()}}
@@ -182,19 +182,23 @@ def by_fastabx(
     args: argparse.Namespace, folder: Path, files: FeatureFiles, speaker: str, limits: dict[str, int | None]
 ) -> float:
     """The same by fastabx."""
-    from fastabx import zerospeech_abx
+    import fastabx
 
-    return zerospeech_abx(
-        args.item,
-        folder,
-        speaker=speaker,
-        context=args.context,
-        frequency=args.frequency,
-        feature_maker=files.load,
-        extension=files.suffix,
-        seed=args.seed,
-        **limits,
-    )
+    try:
+        return fastabx.zerospeech_abx(
+            args.item,
+            folder,
+            speaker=speaker,
+            context=args.context,
+            frequency=args.frequency,
+            feature_maker=files.load,
+            extension=files.suffix,
+            seed=args.seed,
+            **({"device": args.device} if args.device else {}),  # not known to all its versions
+            **limits,
+        )
+    except getattr(fastabx, "EmptyTaskError", ()) as error:
+        raise NoTripletsError(f"There are no triplets {speaker} speakers. {error}") from error
 
 
 if __name__ == "__main__":

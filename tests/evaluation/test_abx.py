@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -238,6 +240,29 @@ def test_bad_input(files, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": "x", "phones": [["A", 0, 0.1], ["B", 0.1, 0.2], ["C", 0.2, 0.3]]}\n')
     fails(run_command("write_items", tmp_path / "a.jsonl", tmp_path / "x.item"), "no speaker for 'x'")
     assert not (tmp_path / "x.item").exists()
+
+
+def test_what_fastabx_is_asked_and_cannot_answer(files, tmp_path, monkeypatch):
+    """It gets the device; where it finds no triplets across speakers those within have their score."""
+
+    class EmptyTaskError(ValueError):
+        pass
+
+    def zerospeech_abx(*_, speaker: str, device: str, **options) -> float:
+        assert device == "cpu" and set(options) >= {"max_size_group", "max_x_across", "context", "seed"}
+        if speaker == "across":
+            raise EmptyTaskError("The task has no cell.")
+        return 0.25
+
+    stand_in = ModuleType("fastabx")
+    stand_in.__spec__ = ModuleSpec("fastabx", None)
+    stand_in.__dict__.update(EmptyTaskError=EmptyTaskError, zerospeech_abx=zerospeech_abx)
+    monkeypatch.setitem(sys.modules, "fastabx", stand_in)
+    command = ("evaluate_abx", files / "triphones.item", files / "features" / "1", "--device", "cpu")
+    done = run_command(*command, "--json", tmp_path / "s.json")
+    assert done.status == 0 and json.loads((tmp_path / "s.json").read_text()) == {"within": 25}
+    assert "no triplets across speakers" in done.err
+    fails(run_command(*command, "--speaker", "across"), "no triplets across speakers", "no cell")
 
 
 @pytest.mark.slow
