@@ -231,6 +231,15 @@ class ValidationSet:
         self._check_skipped(totals.skipped)
         return totals.scores() | self._discovery(totals.units)
 
+    @property
+    def score_names(self) -> list[str]:
+        """Of what `evaluate` gives, what tells a better model from a worse."""
+        one = Totals(1, np.ones(1), np.ones((1, 1)), np.ones((1, 1)))
+        if self._phones:
+            one.phones["SIL"] = np.ones((1, 1), dtype=np.int64)
+        names = [name for name, value in one.scores().items() if isinstance(value, (float, list))]
+        return [name for name in names if name != "audio_seconds"] + (["per", "f1", "r_val"] if self._phones else [])
+
     def new_notes(self) -> list[str]:
         """What the user should know and was not told yet, one line each."""
         new = [note for note, told in self._notes.items() if not told]

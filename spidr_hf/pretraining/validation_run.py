@@ -212,9 +212,7 @@ class RunFollower:
         while wait is not None and not (self.run_dir / "config.toml").exists():
             time.sleep(wait)
         self.config, self.sets = self._reload()
-        set_name = select.rpartition("/")[0]
-        if set_name and set_name not in (names := [validation.name for validation in self.sets]):
-            raise ConfigError(f"--select {select}: there is no data set {set_name!r}, only {', '.join(names)}.")
+        self._selection()
 
     def catch_up(self) -> int:
         """Validate every checkpoint that there is and was not validated; returns how many there were."""
@@ -239,6 +237,7 @@ class RunFollower:
                 return
             time.sleep(poll)
             self.config, self.sets = self._reload()
+            self._selection()
 
     def state(self) -> str:
         """What there is, for a message."""
@@ -288,15 +287,12 @@ class RunFollower:
     def _keep_best(self) -> None:
         """See to it that `best/` is a model folder of the best checkpoint by the chosen score, of those there are now
         and the one that it is of already."""
-        set_name, _, score = self._select.rpartition("/")
-        validation = next(v for v in self.sets if v.name == (set_name or self.sets[0].name))
+        validation, score = self._selection()
         folders = {step: folder for step, folder, _ in self.folders()}
         rows = [row for row in self.file.rows() if row["name"] == validation.name and row["step"] in folders]
         rows = [row for row in rows if row["data"] == validation.fingerprint]
-        if rows and score not in rows[-1]:
-            known = ", ".join(name for name, value in rows[-1].items() if isinstance(value, (float, list)))
-            raise ConfigError(f"--select {self._select}: there is no score {score!r}, only {known}.")
-        values = {row["step"]: value for row in rows if (value := best_value(score, row[score])) is not None}
+        # Rows of earlier versions may lack the score.
+        values = {row["step"]: value for row in rows if (value := best_value(score, row.get(score))) is not None}
         if not values:
             return
         sign = 1 if score in _LESS_IS_BETTER else -1
@@ -316,6 +312,21 @@ class RunFollower:
         save_final(self._model, path.parent, self.config, summary, {CHOICE_NAME: content})  # type: ignore[arg-type]
         self._write_scores(path.parent, step)
         self.say(f"best/ is step {step}: {score} {values[step]:.3f} on {validation.name}.")
+
+    def _selection(self) -> tuple[ValidationSet, str]:
+        """The data set and the score that `best/` is chosen by. Raises `ConfigError` where there is no such."""
+        set_name, _, score = self._select.rpartition("/")
+        sets = {validation.name: validation for validation in self.sets}
+        if set_name and set_name not in sets:
+            raise ConfigError(f"--select {self._select}: there is no data set {set_name!r}, only {', '.join(sets)}.")
+        validation = sets[set_name] if set_name else self.sets[0]
+        if score not in validation.score_names:
+            known = ", ".join(validation.score_names)
+            without = (
+                "" if "pnmi" in validation.score_names else " (phones are not known: alignments_path, --alignments)"
+            )
+            raise ConfigError(f"--select {self._select}: there is no score {score!r}, only {known}{without}.")
+        return validation, score
 
     def _write_scores(self, folder: Path, step: int) -> None:
         write_scores(folder, self.file, step, self.sets, self.config.model.first_codebook_layer)

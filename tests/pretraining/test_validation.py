@@ -449,10 +449,34 @@ def test_best_is_kept(run, monkeypatch):
     left = [row for row in rows if row["step"] in {int(p.name[5:]) for p in (run / "checkpoints").glob("step_*")}]
     assert follow("dev/per")["value"] == min(min(row["per"]) for row in left)
     assert follow("r_val")["value"] == max(max(row["r_val"]) for row in left)
-    with pytest.raises(ConfigError, match=r"no score 'los', only .*loss"):
-        follow("los")
-    with pytest.raises(ConfigError, match="no data set 'test', only dev"):
-        follow("test/loss")
+    # What an earlier version has validated has no such score.
+    old = [row if row == left[-1] else {**row, "per": None} for row in ValidationFile(run).rows()]
+    lines = (json.dumps({name: value for name, value in row.items() if value is not None}) + "\n" for row in old)
+    (run / "validation.jsonl").write_text("".join(lines))
+    assert follow("per")["step"] == left[-1]["step"]
+
+
+@pytest.mark.parametrize(
+    ("select", "said"),
+    [
+        ("los", "there is no score 'los', only loss, .*, pnmi, .*, r_val"),
+        ("name", "there is no score 'name'"),
+        ("test/loss", "there is no data set 'test', only dev"),
+    ],
+)
+def test_what_best_is_chosen_by_is_checked_first(run, select, said):
+    with pytest.raises(ConfigError, match=said):
+        RunFollower(run, select=select)
+
+
+def test_scores_to_choose_by_are_those_of_the_rows(run):
+    follower = RunFollower(run, say=lambda _: None)
+    follower.catch_up()
+    names = {name for name, value in ValidationFile(run).rows()[0].items() if isinstance(value, (float, list))}
+    assert set(follower.sets[0].score_names) == names - {"audio_seconds"}
+    data = str(follower.config.validation["dev"].manifest)
+    with pytest.raises(ConfigError, match=r"no score 'pnmi', only loss, .*phones are not known: alignments_path"):
+        RunFollower(run, data=(data, None), select="pnmi")
 
 
 def test_final_stands_for_a_checkpoint_that_is_gone(run):
