@@ -32,6 +32,7 @@ from spidr_hf.system.processes import RunLock
 from spidr_hf.system.tables import read_table
 from spidr_hf.training.folder_settings import setting_changes
 from spidr_hf.units.kmeans import FEATURES_SIDECAR, feature_files, load_kmeans, train_kmeans
+from spidr_hf.units.stores import IDENTITY
 
 
 def main() -> None:
@@ -98,11 +99,15 @@ def listing_hash(folder: Path, files: Sequence[Path]) -> str:
 
 
 def features_provenance(folder: Path) -> dict[str, object]:
-    """What extract_features.py wrote beside the features about model and layer; nothing for other features."""
+    """What extract_features.py wrote beside the features about how they were made; nothing for other features."""
     sidecar = folder / FEATURES_SIDECAR
-    found = read_table(sidecar) if sidecar.exists() else {}
-    wanted = ("model", "sha256", "revision", "layer", "before_residual", "data")
-    return {key: found[key] for key in wanted if found.get(key) is not None}
+    if not sidecar.exists():
+        return {}
+    found = read_table(sidecar)
+    if found.get("complete") is False:
+        print(f"The extraction into {folder} has not ended: this k-means is of what is there.", file=sys.stderr)
+    known = {key: found[key] for key in ("model", "revision", "data") if found.get(key) is not None}
+    return known | {key: found.get(key) for key in IDENTITY if key in found}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from .unit_files import FILE_KEYS, UNIT_SUFFIXES, UnitRows, provenance_path, uni
 
 LAYOUTS = ("plain", "discophon", "fastabx")
 # What a result depends on; anything else in a sidecar may differ between a file and the run that resumes with it.
-_IDENTITY = (
+IDENTITY = (
     "sha256",
     "layer",
     "kind",
@@ -426,7 +426,7 @@ def _units_of(line: bytes, layers: Sequence[int]) -> tuple[str | None, dict[int,
 
 
 def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    identity = {key: provenance.get(key) for key in _IDENTITY if provenance.get(key) is not None}
+    identity = {key: provenance.get(key) for key in IDENTITY if provenance.get(key) is not None}
     # A folder is known by its weights, wherever it lies; a repository by its name and revision.
     if "sha256" not in identity:
         identity |= {"model": provenance.get("model"), "revision": provenance.get("revision")}
@@ -455,4 +455,4 @@ def _check_same(sidecar: Path, provenance: Mapping[str, Any], what: Path) -> Non
         )
 
 
-__all__ = ["LAYOUTS", "LENGTHS_FILE", "FeatureStore", "Layout", "OtherLength", "Store", "UnitStore"]
+__all__ = ["IDENTITY", "LAYOUTS", "LENGTHS_FILE", "FeatureStore", "Layout", "OtherLength", "Store", "UnitStore"]

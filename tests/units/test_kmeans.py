@@ -172,6 +172,24 @@ def test_finished_is_finished_and_others_are_refused_by_name(blobs, tmp_path):
     assert run_command(*command, "--overwrite").status == 0
 
 
+def test_features_made_otherwise_are_others(blobs, tmp_path):
+    """Of the same names and sizes; and what is not complete yet is said."""
+    folder = shutil.copytree(blobs[0], tmp_path / "features")
+    sidecar = {"model": "m", "layer": 6, "before_residual": True, "dtype": "float32", "resample": None}
+    command = ("train_kmeans", folder, tmp_path / "k.safetensors", "--clusters", 4)
+
+    def train(**changes):
+        content = {**sidecar, "complete": True, **changes}
+        (folder / "features.provenance.json").write_text(json.dumps(content))
+        return run_command(*command)
+
+    assert train(complete=False).err.startswith(f"The extraction into {folder} has not ended")
+    again = train()
+    assert "is there already" in again.out and not again.err
+    fails(train(dtype="bfloat16"), "dtype is float32 there and bfloat16 here")
+    fails(train(resample=True), "resample is None there and True here")
+
+
 def test_two_starts_at_once_are_kept_apart(blobs, tmp_path):
     """Of one file; those of other files, other layers' say, go side by side."""
     folder, _ = blobs
