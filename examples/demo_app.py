@@ -51,7 +51,7 @@ def main() -> None:
         "--model",
         nargs="+",
         metavar="MODEL",
-        help="model folders or names on the Hub to choose from (default: the one that `make demo` leaves)",
+        help="model folders, names on the Hub or published checkpoints (default: what `make demo` leaves)",
     )
     parser.add_argument("--port", type=int, help="of the page's address (default: the first free one from 7860 on)")
     parser.add_argument("--device", help="for example cpu or cuda:1 (default: a GPU where there is one)")
@@ -64,7 +64,7 @@ def main() -> None:
         if args.port is not None:
             check_free(args.port)
         if not args.model and not DEMO_MODEL.exists():
-            raise ValueError("Say which model: --model facebook/spidr-base, for example; or run `make demo` first.")
+            raise ValueError("Say which model: --model spidr-base, for example; or run `make demo` first.")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import: no telemetry, no look for a newer version
         names = args.model or [str(DEMO_MODEL)]
         models = {name: load_model(SpidrForAudioTokenization, name, device=device) for name in dict.fromkeys(names)}

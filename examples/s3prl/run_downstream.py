@@ -6,7 +6,8 @@
         -d ctc -c downstream/ctc/libriphone.yaml
 
 All options are s3prl's. `-u spidr` reads the encoder's input and every layer's output, `-u spidr_before_residual` the
-representations before the residual; MODEL is a converted or trained folder, or a name on the Hub.
+representations before the residual; MODEL is a converted or trained folder, a name on the Hub,
+or a published checkpoint (spidr-base).
 
 Needs s3prl 0.4 (`pip install s3prl`), which needs torchaudio < 2.9 and the torch that goes with it.
 """

@@ -31,7 +31,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, out_dir: str, data: str 
         out_dir: help of OUT_DIR.
         data: what DATA is for, where that needs to be said.
     """
-    parser.add_argument("model", metavar="MODEL", help="model folder, or a name on the Hub")
+    parser.add_argument("model", metavar="MODEL", help="model folder, name on the Hub, or published checkpoint")
     kinds = (
         "manifest (.csv, .jsonl, .parquet, .tsv), folder of audio files, .tar, or a data set: folder or "
         "name:config:split"

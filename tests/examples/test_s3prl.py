@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from tiny import tiny_model
 
 from spidr_hf import SpidrFeatureExtractor, SpidrModel
@@ -72,6 +73,12 @@ def test_gradients_reach_the_encoder(hubconf, model, wavs):
     upstream = hubconf.spidr(str(model))
     upstream(wavs)["hidden_states"][-1].sum().backward()
     assert upstream.model.encoder.layers[0].attention.qkv.weight.grad.abs().sum() > 0
+
+
+def test_a_published_name_is_a_model(hubconf, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    shutil.copytree(model, tmp_path / "spidr_hf" / "models" / "spidr-base")  # as its first use leaves it
+    assert hubconf.spidr("spidr-base").model.config.num_hidden_layers == 4
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,19 @@ import torch
 from torch import Tensor, nn
 
 from spidr_hf import SpidrFeatureExtractor, SpidrModel
+from spidr_hf.hub.published import model_folder
 
 
 class UpstreamExpert(nn.Module):
     """
     Args:
-        ckpt: model folder, or a name on the Hub (s3prl's -k).
+        ckpt: model folder, name on the Hub, or published checkpoint (s3prl's -k).
         before_residual: the layers' representations before the residual connection instead of their outputs.
     """
 
     def __init__(self, ckpt: str, before_residual: bool = False, **kwargs):
         super().__init__()
+        ckpt = model_folder(ckpt)
         self.feature_extractor = SpidrFeatureExtractor.from_pretrained(ckpt)
         # SUPERB's weights are float32, and SpecAugment would mask what the downstream model is to learn from.
         self.model = SpidrModel.from_pretrained(ckpt, dtype=torch.float32, apply_spec_augment=False, layerdrop=0.0)

@@ -6,8 +6,8 @@ add one line to `s3prl/hub.py`:
 
     from s3prl.upstream.spidr.hubconf import *
 
-Then `S3PRLUpstream("spidr", path_or_url=MODEL)` works in Python, with a converted or trained model folder or a name on
-the Hub.
+Then `S3PRLUpstream("spidr", path_or_url=MODEL)` works in Python, with a converted or trained model folder, a name on
+the Hub, or a published checkpoint.
 """
 
 from .expert import UpstreamExpert as _UpstreamExpert
