@@ -3,9 +3,10 @@
 
     python examples/write_items.py examples/data/alignments.jsonl triphones.item
 
-ALIGNMENTS is JSON lines with `id`, `phones` and `speaker`; with `num_samples`, triphones at the very end, of which the
-model has no frame, are left out. For TextGrids or CTM give the speakers with --speakers, a file of lines
-"<fileid> <speaker>". Triphones with silence are left out.
+ALIGNMENTS is JSON lines with `id`, `phones` and `speaker`; for TextGrids or CTM give the speakers with --speakers, a
+file of lines "<fileid> <speaker>", with a tab between them where one has blanks. Utterances without a speaker are left
+out, and triphones with silence or a gap in them, or at the very end (of `num_samples`, where they are given, else of
+the alignment), of which the model has no frame.
 """
 
 import argparse
@@ -17,11 +18,12 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
-from spidr_hf.configuration_spidr import frame_lengths
-from spidr_hf.data.alignments import SILENCES, read_alignments, write_items
+from spidr_hf.configuration_spidr import SAMPLING_RATE, frame_lengths
+from spidr_hf.data.alignments import SILENCES, Phones, read_alignments, write_items
 from spidr_hf.modeling_spidr import SpidrConfig
 from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path, user_path
 from spidr_hf.system.messages import counted
+from spidr_hf.system.names import match_names
 from spidr_hf.system.tables import json_lines, text_lines
 
 
@@ -49,16 +51,43 @@ def main() -> None:
             rows = dict(row for _, row in json_lines(args.alignments, facts, '{"id": "...", "phones": [...], ...}'))
         speakers = {fileid: speaker for fileid, (speaker, _) in rows.items() if speaker is not None}
         if args.speakers:
-            lines = text_lines(args.speakers, lambda line: line.split(maxsplit=2)[:2], "fileid speaker")
-            speakers = dict(words for _, words in lines if len(words) == 2)
+            speakers = dict(pair for _, pair in text_lines(args.speakers, named_speaker, "fileid speaker"))
+        if not speakers:
+            raise ValueError(
+                f"There is no speaker for {next(iter(alignments), '')!r}: give --speakers FILE, lines of fileid and "
+                "speaker."
+            )
+        matches, without = match_names(alignments, speakers, "speaker")
+        if without:
+            print(
+                f"{counted(len(without), 'utterance', 'has', 'have', of=len(alignments))} no speaker: left out, "
+                f"{without[0]!r} for one.",
+                file=sys.stderr,
+            )
+        alignments = {name: alignments[name] for name in matches}
+        # A word of an item file has no blanks.
+        speakers = {name: "_".join(speakers[known].split()) for name, known in matches.items()}
         # A token takes the frames whose middle it holds: the last may begin half a frame before the features end.
+        samples = {fileid: known for fileid, (_, known) in rows.items() if known is not None}
         ends = {
-            fileid: (frame_lengths(SpidrConfig(), samples) + 0.49) / 50
-            for fileid, (_, samples) in rows.items()
-            if samples is not None
+            fileid: (frame_lengths(SpidrConfig(), samples.get(fileid) or end_of(phones)) + 0.49) / 50
+            for fileid, phones in alignments.items()
         }
         count = write_items(args.out, alignments, speakers, silences=args.silence, durations=ends)
         print(f"{args.out}: {counted(count, 'triphone')} of {counted(len(set(speakers.values())), 'speaker')}")
+
+
+def end_of(phones: Phones) -> int:
+    """Samples of a recording that ends with its alignment."""
+    return round(SAMPLING_RATE * max((end for _, _, end in phones), default=0))
+
+
+def named_speaker(line: str) -> tuple[str, str]:
+    """File id and speaker of a line: two words, or what lies before and behind a tab."""
+    words = [word.strip() for word in (line.strip().split("\t") if "\t" in line.strip() else line.split())]
+    if len(words) != 2 or not all(words):
+        raise ValueError("names with blanks need a tab between them")
+    return words[0], words[1]
 
 
 def facts(row: dict[str, Any]) -> tuple[str, tuple[str | None, int | None]]:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def phones_of_steps(labels: Sequence[str], step: float) -> list[tuple[str, float
 def read_textgrids(path: str | os.PathLike, tier: str | None = None) -> dict[str, list[tuple[str, float, float]]]:
     """Phones of a `.TextGrid` file, or of all below a folder, by path without suffix. Empty labels are silence."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() == ".textgrid")
+    # What macOS puts beside files ("._a.TextGrid") is none.
+    below = () if path.is_file() else (p for p in path.rglob("*") if not p.name.startswith("._"))
+    files = [path] if path.is_file() else sorted(p for p in below if p.suffix.lower() == ".textgrid")
     if not files:
         raise ValueError(f"{path}: no TextGrid files in this folder or below it.")
     root = path.parent if path.is_file() else path
@@ -67,18 +70,28 @@ def read_textgrid(path: str | os.PathLike, tier: str | None = None) -> list[tupl
         raise ValueError(
             f"{path}, line {text.count(chr(10), 0, end) + 1} cannot be read as a TextGrid in Praat's text format."
         ) from error
+    names = [name for name, _ in tiers]
     if tier is None:
-        wanted = [name for name in tiers if name.lower() in _PHONE_TIERS or name.lower().endswith("phones")]
-        wanted = wanted or list(tiers)
+        wanted = [name for name in names if name.lower() in _PHONE_TIERS or name.lower().endswith("phones")]
+        wanted = wanted or names
         if len(wanted) != 1:
-            raise ValueError(f"{path} has the tiers {shown(', '.join(tiers)) or '(none)'}: choose one with --tier.")
+            raise ValueError(f"{path} has the tiers {shown(', '.join(names)) or '(none)'}: choose one with --tier.")
         tier = wanted[0]
-    if tier not in tiers:
-        raise ValueError(f"{path} has no interval tier {tier!r}, only {shown(', '.join(tiers)) or '(none)'}.")
-    return [(label.strip() or SILENCE, start, end) for label, start, end in tiers[tier]]
+    if names.count(tier) != 1:
+        what = f"{names.count(tier)} interval tiers" if tier in names else "no interval tier"
+        advice = ": rename all but one" if tier in names else f", only {shown(', '.join(names)) or '(none)'}"
+        raise ValueError(f"{path} has {what} {tier!r}{advice}.")
+    return [(_label(label), start, end) for label, start, end in tiers[names.index(tier)][1]]
 
 
-def _textgrid_tiers(tokens: Iterator[str]) -> dict[str, list[tuple[str, float, float]]]:
+def _label(label: Any) -> str:
+    """A label as it is told from others; what is empty, or JSON's null, is silence."""
+    return ("" if label is None else str(label).strip()) or SILENCE
+
+
+def _textgrid_tiers(tokens: Iterator[str]) -> list[tuple[str, list[tuple[str, float, float]]]]:
+    """Names and intervals of the interval tiers."""
+
     def string() -> str:
         token = next(tokens)
         if token[0] != '"':
@@ -91,7 +104,7 @@ def _textgrid_tiers(tokens: Iterator[str]) -> dict[str, list[tuple[str, float, f
     if string() != "ooTextFile" or string() != "TextGrid":
         raise ValueError("header")
     number(), number()
-    tiers: dict[str, list[tuple[str, float, float]]] = {}
+    tiers: list[tuple[str, list[tuple[str, float, float]]]] = []
     for _ in range(int(number())):
         kind, name = string(), string()
         number(), number()
@@ -101,7 +114,7 @@ def _textgrid_tiers(tokens: Iterator[str]) -> dict[str, list[tuple[str, float, f
             for _ in range(entries):
                 start, end = interval(number(), number())
                 intervals.append((string(), start, end))
-            tiers[name] = intervals
+            tiers.append((name, intervals))
         else:  # a tier of points
             for _ in range(entries):
                 number(), string()
@@ -110,11 +123,14 @@ def _textgrid_tiers(tokens: Iterator[str]) -> dict[str, list[tuple[str, float, f
 
 def read_ctm(path: str | os.PathLike) -> dict[str, list[tuple[str, float, float]]]:
     """Phones by utterance of a CTM file (`utterance channel start duration phone`); gaps become silence."""
+    channels: dict[str, str] = {}
 
     def entry(line: str) -> tuple[str, str, float, float] | None:
         if line.startswith(";;"):
             return None
-        fileid, _, start, duration, phone, *_ = line.split()
+        fileid, channel, start, duration, phone, *_ = line.split()
+        if channels.setdefault(fileid, channel) != channel:
+            raise ValueError(f"{fileid} has the channel {channels[fileid]} above: give every channel a name of its own")
         return fileid, phone, *interval(start, finite(start) + finite(duration))
 
     return _by_utterance(text_lines(path, entry, "'utterance channel start duration phone'"))
@@ -158,7 +174,8 @@ def write_items(
     durations: Mapping[str, float] | None = None,
 ) -> int:
     """
-    Write the `.item` file of an ABX test on triphones: every phone with both its neighbours, none of them silence.
+    Write the `.item` file of an ABX test on triphones: every phone with both its neighbours, none of them silence, and
+    no gap between them.
 
     Args:
         path: The file; complete or not there at all.
@@ -170,18 +187,33 @@ def write_items(
 
     Returns:
         How many there are.
+
+    Raises `ValueError` where a speaker is missing, and for names with blanks, which end a word of such files.
     """
-    silent, lines = {name.upper() for name in silences}, []
+    silent, lines = {name.upper() for name in silences}, list[str]()
     for fileid, phones in alignments.items():
         if fileid not in speakers:
             raise ValueError(f"There is no speaker for {fileid!r}.")
         end_of_features = (durations or {}).get(fileid, float("inf"))
-        for (before, onset, _), (phone, _, _), (after, _, offset) in zip(phones, phones[1:], phones[2:], strict=False):
+        for (before, onset, _), (phone, _, _), (after, _, offset) in _triphones(phones):
             if silent & {before.upper(), phone.upper(), after.upper()} or offset > end_of_features:
                 continue
-            lines.append(f"{fileid} {onset:.4f} {offset:.4f} {phone} {before} {after} {speakers[fileid]}\n")
+            words = (fileid, f"{onset:.4f}", f"{offset:.4f}", phone, before, after, speakers[fileid])
+            if wrong := [word for word in words if len(word.split()) != 1]:
+                raise ValueError(
+                    f"{shown(wrong[0])!r} has a blank in it, where a word of an item file ends: rename it."
+                )
+            lines.append(" ".join(words) + "\n")
     write_text(path, "#file onset offset #phone prev-phone next-phone speaker\n" + "".join(lines))
     return len(lines)
+
+
+def _triphones(phones: Phones) -> Iterator[tuple[tuple[str, float, float], ...]]:
+    """Three phones that follow one another without a gap, from each phone on."""
+    phones = sorted(phones, key=lambda phone: phone[1])
+    for three in zip(phones, phones[1:], phones[2:], strict=False):
+        if all(abs(start - end) <= STEP / 2 for (_, _, end), (_, start, _) in pairwise(three)):
+            yield three
 
 
 def read_alignments(
@@ -217,9 +249,9 @@ def _read_jsonl(path: Path, step: float) -> dict[str, list[tuple[str, float, flo
         if not isinstance(labels, list):
             raise TypeError("its phones are no list")
         if labels and not isinstance(labels[0], list):
-            phones = phones_of_steps(labels, step)
+            phones = phones_of_steps([_label(label) for label in labels], step)
         else:
-            phones = [(str(phone), *interval(start, end)) for phone, start, end in labels]
+            phones = [(_label(label), *interval(start, end)) for label, start, end in labels]
         return str(row["id"] if "id" in row else row["file"]), phones
 
     form = '{"id": "...", "phones": [["AH", 0.0, 0.1], ...]}'

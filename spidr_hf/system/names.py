@@ -1,7 +1,8 @@
 """Names of utterances: the same recording may be called by its path in one file and by its stem in another."""
 
-from collections.abc import Collection
-from pathlib import PurePosixPath
+import unicodedata
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 
 from .messages import counted
 
@@ -10,7 +11,7 @@ def match_names(
     names: Collection[str], known: Collection[str], what: str = "alignment"
 ) -> tuple[dict[str, str], list[str]]:
     """
-    For each name the known one that is equal, or that alone ends in the same part of its path; and the names without.
+    For each name the known one that is equal, or that alone ends in most of its path; and the names without.
 
     Args:
         names, known: File ids.
@@ -33,12 +34,40 @@ def match_names(
 
 
 def find_names(names: Collection[str], known: Collection[str]) -> dict[str, list[str]]:
-    """For each name the known ones it may stand for: the equal one, else all that end in the same part of its path."""
-    by_stem: dict[str, list[str]] = {}
+    """
+    For each name the known ones it may stand for: the equal one, else those that end in most of its path.
+
+    A known one that several names may stand for is that of the nearest; of equally near ones it is none's. Letters with
+    accents are the same however they are encoded (macOS takes them apart in names of files).
+    """
+    by_end: dict[str, list[str]] = defaultdict(list)
     for name in known:
-        by_stem.setdefault(PurePosixPath(name).name, []).append(name)
+        for end in _ends(name):
+            by_end[end].append(name)
     known = set(known)
-    return {name: [name] if name in known else by_stem.get(PurePosixPath(name).name, []) for name in names}
+    found: dict[str, list[str]] = {}
+    claims: dict[str, list[tuple[float, str]]] = defaultdict(list)
+    for name in names:
+        found[name], common = [], 0.0
+        if name in known:
+            found[name], common = [name], float("inf")
+        elif end := next((end for end in _ends(name) if end in by_end), None):
+            found[name], common = by_end[end], end.count("/")
+        if len(found[name]) == 1:
+            claims[found[name][0]].append((common, name))
+    for claimed in claims.values():
+        most = max(claimed)[0]
+        nearest = [name for common, name in claimed if common == most]
+        for _, name in claimed:
+            if nearest != [name]:
+                found[name] = []
+    return found
+
+
+def _ends(name: str) -> Iterator[str]:
+    """What a path ends in: the whole, then ever fewer of its parts."""
+    parts = [part for part in unicodedata.normalize("NFC", name).split("/") if part]
+    return ("/".join(parts[place:]) for place in range(len(parts)))
 
 
 __all__ = ["find_names", "match_names"]

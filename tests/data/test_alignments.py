@@ -93,6 +93,8 @@ def test_a_folder_of_textgrids(tmp_path):
     (tmp_path / "b.textgrid").write_text(SHORT)
     assert list(read_alignments(tmp_path)) == ["b", "s1/a"]
     assert read_alignments(tmp_path / "s1" / "a.TextGrid") == {"a": EXPECTED}
+    (tmp_path / "s1" / "._a.TextGrid").write_bytes(b"\0\5\x16\7")  # macOS's, of a zip
+    assert list(read_alignments(tmp_path)) == ["b", "s1/a"]
 
 
 def test_textgrids_that_cannot_be_read(tmp_path):
@@ -102,6 +104,10 @@ def test_textgrids_that_cannot_be_read(tmp_path):
         read_textgrid(path)
     with pytest.raises(ValueError, match=r"no interval tier 'points', only words, other"):
         read_textgrid(path, "points")
+    path.write_text(LONG.replace('"words"', '"phones"'))
+    for tier, message in ((None, "has the tiers phones, phones"), ("phones", "2 interval tiers 'phones': rename")):
+        with pytest.raises(ValueError, match=message):
+            read_textgrid(path, tier)
     for broken in (LONG[:300], "text", LONG.replace("0.25", '"x"')):
         path.write_text(broken)
         with pytest.raises(ValueError, match=r"a.TextGrid, line \d+ cannot be read as a TextGrid"):
@@ -119,6 +125,9 @@ def test_ctm(tmp_path):
     assert [phone for phone, _, _ in alignments["u"]] == ["K", "AH", "SIL", "S"]
     np.testing.assert_allclose([end for _, _, end in alignments["u"]], [0.1, 0.2, 0.3, 0.4])
     assert alignments["v"][0] == ("SIL", 0.0, 0.05)
+    path.write_text("u A 0.0 0.1 K\nu B 0.0 0.1 AH\n")
+    with pytest.raises(ValueError, match=r"a.ctm, line 2 .*u has the channel A above"):
+        read_ctm(path)
     path.write_text("u 1 0.10 AH\n")
     with pytest.raises(ValueError, match=r"a.ctm, line 1 is not of the form"):
         read_alignments(path)
@@ -141,6 +150,9 @@ def test_labels_per_step(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"file": "x", "phones": ["A", "A", "B"]}\n')
     assert read_alignments(path, step=0.005)["x"] == [("A", 0.0, 0.01), ("B", 0.01, 0.015)]
+    path.write_text('{"id": "x", "phones": [null, "", "A"]}\n{"id": "y", "phones": [[null, 0, 1], [" ", 1, 2]]}\n')
+    assert read_alignments(path)["x"] == [("SIL", 0.0, 0.02), ("A", 0.02, 0.03)]
+    assert read_alignments(path)["y"] == [("SIL", 0.0, 1.0), ("SIL", 1.0, 2.0)]
 
 
 def test_items_are_triphones_without_silence(tmp_path):
@@ -155,3 +167,10 @@ def test_items_are_triphones_without_silence(tmp_path):
     assert write_items(path, {"x/1": phones}, {"x/1": "s"}, durations={"x/1": 0.45}) == 1
     with pytest.raises(ValueError, match="no speaker for 'x/1'"):
         write_items(path, {"x/1": phones}, {})
+    # Nothing that a pause lies between, in whatever order the phones are.
+    apart = [("C", 0.9, 1.0), ("A", 0.0, 0.1), ("B", 0.1, 0.2), ("D", 1.0, 1.1), ("E", 1.1, 1.2)]
+    assert write_items(path, {"x/1": apart}, {"x/1": "s"}) == 1
+    assert path.read_text().splitlines()[1:] == ["x/1 0.9000 1.2000 D C E s"]
+    for names, speaker in (("x/1", "A B"), ("my x", "s")):
+        with pytest.raises(ValueError, match=r"'(A B|my x)' has a blank in it"):
+            write_items(path, {names: phones}, {names: speaker})

@@ -265,6 +265,25 @@ def test_what_fastabx_is_asked_and_cannot_answer(files, tmp_path, monkeypatch):
     fails(run_command(*command, "--speaker", "across"), "no triplets across speakers", "no cell")
 
 
+def test_items_of_alignments_whose_speakers_are_in_another_file(tmp_path):
+    rows = "".join(
+        f"{name} 1 {0.1 * i:.1f} 0.1 {phone}\n" for name in ("d/a", "d/b", "c") for i, phone in enumerate("KAST")
+    )
+    (tmp_path / "a.ctm").write_text(rows)
+    command = ("write_items", tmp_path / "a.ctm", tmp_path / "a.item")
+    fails(run_command(*command), "no speaker for 'd/a'", "give --speakers FILE")
+    (tmp_path / "speakers.txt").write_text("a\tJane Austen\nb\tJane Eyre\nz\tNobody\n")
+    done = run_command(*command, "--speakers", tmp_path / "speakers.txt")
+    assert done.status == 0 and "1 of 3 utterances has no speaker: left out, 'c' for one" in done.err
+    # Of the last triphone the model has no frame.
+    assert "2 triphones of 2 speakers" in done.out
+    lines = (tmp_path / "a.item").read_text().splitlines()[1:]
+    assert lines == ["d/a 0.0000 0.3000 A K S Jane_Austen", "d/b 0.0000 0.3000 A K S Jane_Eyre"]
+    for line in ("a Jane Austen", "a,Jane", "a\t"):
+        (tmp_path / "speakers.txt").write_text(f"{line}\n")
+        fails(run_command(*command, "--speakers", tmp_path / "speakers.txt"), "line 1", "a tab between them")
+
+
 @pytest.mark.slow
 def test_fastabx_agrees(files, tmp_path):
     """In this Python, or in the one that FASTABX_PYTHON names (fastabx needs 3.12)."""

@@ -111,6 +111,12 @@ def test_names_match_by_path_or_by_its_last_part():
         match_names(["x"], ["a/x", "b/x"])
     with pytest.raises(ValueError, match=r"no alignment for 'z' .*'a/x' for one"):
         match_names(["z"], ["a/x"])
+    # The nearest, whatever else has the same last part.
+    assert match_names(["data/a/x", "data/b/x"], ["a/x", "b/x"])[0] == {"data/a/x": "a/x", "data/b/x": "b/x"}
+    # One recording has one alignment: two that might have it have none.
+    assert match_names(["a/x", "b/x", "y"], ["x", "y"]) == ({"y": "y"}, ["a/x", "b/x"])
+    assert match_names(["a/x", "x"], ["x"]) == ({"x": "x"}, ["a/x"])
+    assert match_names(["caf\u00e9"], ["a/cafe\u0301"])[0] == {"caf\u00e9": "a/cafe\u0301"}
 
 
 @pytest.fixture
