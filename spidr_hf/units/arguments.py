@@ -167,6 +167,12 @@ def extract_to(
     )
     if summary := run_extraction(source, extractor, store, threads=args.threads, shard=args.shard):
         report(summary)
+        if store.other_data and summary.found:
+            print(
+                f"What was there before was made from {store.other_data}: the same names and lengths, so it was kept. "
+                "If these are other recordings, give another OUT_DIR, or --overwrite.",
+                file=sys.stderr,
+            )
         if summary.not_finite:
             first = summary.not_finite[0]
             raise NonFiniteError(

@@ -21,9 +21,10 @@ from torch import Tensor
 from .. import __version__
 from ..data.sources import AudioSource
 from ..system.files import replaced_file, write_text
-from ..system.messages import shown
-from ..system.tables import json_lines, parse_json, read_table
+from ..system.messages import counted, shown
+from ..system.tables import json_lines, known_table, parse_json, read_table
 from .extractor import Extractor
+from .kmeans import load_features
 from .unit_files import FILE_KEYS, UNIT_SUFFIXES, UnitRows, provenance_path, unit_rows, units_of_row, write_units
 
 LAYOUTS = ("plain", "discophon", "fastabx")
@@ -161,6 +162,7 @@ class Store(ABC):
     _units = True  # whether utterances are named by the rules for units
 
     def __post_init__(self) -> None:
+        self.other_data: str | None = None  # DATA by another name, of which there are results already
         self.names = self.layout.names(self.fileids, units=self._units)
 
     @property
@@ -187,6 +189,20 @@ class Store(ABC):
                     if said.get(entry.file) == entry.said:  # else the data says something else by now
                         found[entry.file] = entry
         return [found[fileid] for fileid in self.fileids if fileid in found]
+
+    def expected_frames(self, extractor: Extractor, source: AudioSource) -> dict[str, int]:
+        """Frames of each utterance, by its name."""
+        there = {entry.file: entry.there for entry in self.known_lengths(source)}
+        lengths = zip(self.names, self.fileids, source.num_samples, strict=True)
+        return {name: extractor.frames(there.get(fileid, samples)) for name, fileid, samples in lengths}
+
+    def is_of_other_data(self, sidecar: Path) -> bool:
+        """Whether results were made from DATA by another name: moved, or other recordings, which lengths may tell."""
+        data = known_table(sidecar).get("data")
+        if data is None or data == self.provenance.get("data"):
+            return False
+        self.other_data = str(data)
+        return True
 
     @abstractmethod
     def missing(self, extractor: Extractor, source: AudioSource) -> list[int]:
@@ -230,11 +246,7 @@ class UnitStore(Store):
 
     def missing(self, extractor: Extractor, source: AudioSource) -> list[int]:
         """Utterances without a result yet. Raises `ValueError` where other results are in the way."""
-        there = {entry.file: entry.there for entry in self.known_lengths(source)}
-        expected = {
-            name: extractor.frames(there.get(fileid, samples))
-            for name, fileid, samples in zip(self.names, self.fileids, source.num_samples, strict=True)
-        }
+        expected = self.expected_frames(extractor, source)
         for layer in self.layers:
             path = self.layout.units_path(self.root, layer, self.suffix)
             for suffix in set(UNIT_SUFFIXES) - {self.suffix}:
@@ -250,7 +262,8 @@ class UnitStore(Store):
                 if not self.overwrite:
                     raise
             else:
-                self._index(path, [layer], expected, complain=not self.overwrite)
+                if not (self.is_of_other_data(provenance_path(path)) and self.overwrite):
+                    self._index(path, [layer], expected, complain=not self.overwrite)
         for journal in sorted(self.journal_folder.glob("*.jsonl")):
             self._index(journal, self.layers, expected)
         return [i for i, name in enumerate(self.names) if not all(name in self._places[layer] for layer in self.layers)]
@@ -301,6 +314,8 @@ class UnitStore(Store):
                     "--overwrite to replace them."
                 )
             for layer, values in units.items():
+                if complain and expected is not None and expected.get(name, len(values)) != len(values):
+                    raise _another_recording(path, name, len(values), expected[name])
                 if expected is None or expected.get(name) == len(values):
                     self._places[layer][name] = (path, place)
 
@@ -340,7 +355,7 @@ class FeatureStore(Store):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.layout.check_files(self.names, self.suffix)
-        self._stale: list[int] = []  # layers with features of other options, to be replaced
+        self._stale: dict[int, bool] = {}  # layers to be replaced, and whether all of one is of other options
 
     @property
     def _stem(self) -> str:
@@ -365,7 +380,13 @@ class FeatureStore(Store):
             except ValueError:
                 if not self.overwrite:
                     raise
-                done, self._stale = False, [*self._stale, layer]
+                done, self._stale[layer] = False, True
+                continue
+            if there and self.is_of_other_data(self._sidecar(layer)):
+                if self.overwrite:
+                    done, self._stale[layer] = False, False
+                else:
+                    self._check_lengths(layer, self.expected_frames(extractor, source))
         if not done:
             return list(range(len(self.names)))
         return [
@@ -374,13 +395,25 @@ class FeatureStore(Store):
 
     def start(self) -> None:
         """Note what the features are made with; at no moment do they lie there without that, or with another's."""
-        for layer in self._stale:
-            for name in self.names:
-                self._path(layer, name).unlink(missing_ok=True)
+        for layer, everything in self._stale.items():
+            folder = self.layout.features_folder(self.root, layer)
+            old = [self._path(layer, name) for name in self.names]
+            # Where the sidecar is that of the whole folder, what it tells of goes with it.
+            if everything and list(folder.rglob(self._sidecar(layer).name)) == [self._sidecar(layer)]:
+                old += [path for suffix in (".pt", ".npy") for path in folder.rglob(f"*{suffix}")]
+            for path in old:
+                path.unlink(missing_ok=True)
         for layer in self.layers:
             for left_over in self.layout.features_folder(self.root, layer).rglob(f".*.partial{self.suffix}"):
                 left_over.unlink(missing_ok=True)  # of a killed process
             self._write_sidecar(layer, None)
+
+    def _check_lengths(self, layer: int, expected: Mapping[str, int]) -> None:
+        """Raises `ValueError` where a layer has features of another recording of the same name."""
+        for name, frames in expected.items():
+            path = self._path(layer, name)
+            if path.exists() and (found := len(load_features(path))) != frames:
+                raise _another_recording(path.parent, name, found, frames)
 
     def add(self, name: str, result: Mapping[int, Tensor], journal: IO[str]) -> None:
         """Write the features of one utterance (T x H, by layer)."""
@@ -410,6 +443,13 @@ class FeatureStore(Store):
         }
         self._sidecar(layer).parent.mkdir(parents=True, exist_ok=True)
         write_text(self._sidecar(layer), json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n")
+
+
+def _another_recording(place: Path, name: str, there: int, here: int) -> ValueError:
+    return ValueError(
+        f"{place} has results of another recording of the name {shown(name)!r}: {counted(there, 'frame')} there, "
+        f"{here} here. Give another OUT_DIR, or --overwrite to replace them."
+    )
 
 
 def _units_of(line: bytes, layers: Sequence[int]) -> tuple[str | None, dict[int, np.ndarray]]:

@@ -220,6 +220,48 @@ def test_other_options_or_data_are_not_overwritten_unasked(model_folder, data, t
     assert less.status == 0 and len(rows(tmp_path / "4" / "units.jsonl")) == 7
 
 
+@pytest.mark.parametrize("command", ["extract_units", "extract_features"])
+def test_other_recordings_of_the_same_names_are_not_taken_for_the_same(model_folder, tmp_path, command):
+    noise = np.random.default_rng(0).normal(0, 0.1, (4, 20_000))
+    for folder, lengths in (("one", (9000, 12_000, 8000)), ("other", (9000, 15_000, 8000)), ("alike", (9000, 12_000))):
+        (tmp_path / folder).mkdir()
+        for i, length in enumerate(lengths):
+            soundfile.write(tmp_path / folder / f"{i}.flac", noise[i + (folder == "other"), :length], 16_000)
+    out = tmp_path / "out"
+
+    def extract(data, *options, to=out):
+        return run_command(command, model_folder, tmp_path / data, to, "--layers", 4, *options)
+
+    def results(folder):
+        files = sorted((folder / "4").glob("*.pt" if command == "extract_features" else "units.jsonl"))
+        return {path.name: path.read_bytes() for path in files}
+
+    assert extract("one").status == 0
+    before = results(out)
+    fails(extract("other"), "another recording of the name '1'", "37 frames there, 46 here", "--overwrite")
+    assert results(out) == before
+    # Those of the same names and lengths may be the same, elsewhere: which ones they are is said.
+    if command == "extract_features":
+        alike = extract("alike")
+        assert alike.status == 0 and f"made from {tmp_path / 'one'}" in alike.err and "2 there before" in alike.out
+    done = extract("other", "--overwrite")
+    assert done.status == 0 and "3 utterances computed" in done.out and "made from" not in done.err
+    extract("other", to=tmp_path / "apart")
+    assert results(out) == results(tmp_path / "apart") != before
+
+
+def test_features_of_other_options_go_together(model_folder, tmp_path):
+    for i in range(2):
+        soundfile.write(tmp_path / f"{i}.flac", np.random.default_rng(i).normal(0, 0.1, 9000), 16_000)
+    (tmp_path / "one.tsv").write_text(f"{tmp_path}\n0.flac\t9000\n")
+    command = ("extract_features", model_folder)
+    assert run_command(*command, tmp_path, tmp_path / "out", "--layers", 2).status == 0
+    done = run_command(
+        *command, tmp_path / "one.tsv", tmp_path / "out", "--layers", 2, "--after-residual", "--overwrite"
+    )
+    assert done.status == 0 and [path.name for path in (tmp_path / "out" / "2").glob("*.pt")] == ["0.pt"]
+
+
 def test_corrupt_files_are_skipped_and_named(model_folder, tmp_path):
     audio = tmp_path / "audio"
     audio.mkdir()
