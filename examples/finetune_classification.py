@@ -88,9 +88,8 @@ def run(args: argparse.Namespace) -> None:
         if args.task == "utterance":
             raise ValueError("--task utterance needs --column: which column has the labels.")
         args.column = "speaker"
-    labels, splits = open_splits(args, lambda data, source: read_labels(args, data, source))
-    _, source, indices = splits[0]
-    seen = [labels[source.fileid(index)] for index in indices]
+    splits = open_splits(args, lambda data, source: read_labels(args, data, source))
+    seen = splits[0].values.values()
     names = sorted(
         {phone for phones in seen for phone, _, _ in phones} if args.task == "frame" else set(map(str, seen))
     )
@@ -101,8 +100,11 @@ def run(args: argparse.Namespace) -> None:
     model, feature_extractor = load_for_finetuning(model_class, args, changes | label_fields(names))
     description = describe_run(args, changes, task=args.task, names=names)
     max_samples = round(args.max_seconds * SAMPLING_RATE)
-    task = task_class(model, feature_extractor, names, labels, description, max_samples)
-    made = [Split(name, source, indices, task.labels(source)) for name, source, indices in splits]
+    task = task_class(model, feature_extractor, names, description, max_samples)
+    made = [
+        Split(split.name, split.source, split.indices, task.labels(split.source, split.values), split.values)
+        for split in splits
+    ]
     if args.task == "utterance" and (unknown := {task.name_of(i, made[1]) for i in made[1].indices} - set(names)):
         raise ValueError(f"The label {min(unknown)!r} of the validation audio does not occur in training.")
     results = finetune(task, made[0], made[1], made[2:], settings, args.out_dir, args.fresh)

@@ -93,9 +93,8 @@ def run(args: argparse.Namespace) -> None:
         check_ngram(args.ngram)
     prepare_training_process()
     state = start_processes()
-    targets, splits = open_splits(args, lambda data, source: read_targets(args, data, source))
-    _, source, indices = splits[0]
-    tokenizer = make_tokenizer(args.units, (targets[source.fileid(index)] for index in indices))
+    splits = open_splits(args, lambda data, source: read_targets(args, data, source))
+    tokenizer = make_tokenizer(args.units, splits[0].values.values())
     changes = config_changes(args) | {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -107,16 +106,17 @@ def run(args: argparse.Namespace) -> None:
     model, feature_extractor = load_for_finetuning(SpidrForCTC, args, changes)
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     description = describe_run(args, changes, task="ctc", units=args.units, tokens=tokens)
-    task = CTCTask(model, Wav2Vec2Processor(feature_extractor, tokenizer), args.units, targets, description)
+    task = CTCTask(model, Wav2Vec2Processor(feature_extractor, tokenizer), args.units, description)
     made: list[Split] = []
-    for name, source, indices in splits:
-        labels = task.labels(source)
-        indices, left_out = usable(source, indices, model.config, labels, round(args.max_seconds * SAMPLING_RATE))
+    for split in splits:
+        name, source, targets = split
+        labels = task.labels(targets)
+        indices, left_out = usable(source, split.indices, model.config, labels, round(args.max_seconds * SAMPLING_RATE))
         for reason, count in left_out.items():
             say(f"{counted(count, 'utterance')} for {name} {reason}: left out.")
         if not len(indices):
             raise ValueError(f"No utterance is left for {name}.")
-        made.append(Split(name, source, indices, labels))
+        made.append(Split(name, source, indices, labels, targets))
     expect_blanks(model, blank_share(made[0], model.config))
     # The language model is opened first: what is missing should be known before hours of training.
     ngram = None

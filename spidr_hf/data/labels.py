@@ -1,5 +1,6 @@
 """What utterances are labelled with (texts, phones, speakers): from files beside the audio, or the data set itself."""
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from ..system.messages import shown
-from ..system.tables import csv_rows, json_lines
+from ..system.tables import csv_columns, csv_rows, json_lines
 from .alignments import SILENCES, Phones, is_silence, read_alignments
+from .audio import AUDIO_SUFFIXES, FURTHER_SUFFIXES
 from .datasets_source import DatasetSource
 from .sources import AudioSource
 
 _ID_COLUMNS = ("fileid", "id", "file", "path")
+_PATH_COLUMNS = ("file", "path")
 
 
 class Labels:
@@ -32,7 +35,12 @@ class Labels:
         if isinstance(source, DatasetSource) and not files:
             return
         for path in self.files or [Path(data)]:
-            self._rows |= read_table(path)
+            for key, row in read_table(path).items():
+                known = self._rows.setdefault(key, {})
+                for column in (known.keys() & row.keys()).difference(_ID_COLUMNS):
+                    if str(known[column]) != str(row[column]):
+                        raise _clash(path, key, column)
+                known |= row
 
     def column(self, name: str) -> dict[str, Any]:
         """A column's value by file id; utterances without one are left out.
@@ -49,7 +57,7 @@ class Labels:
 
 
 def read_table(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Rows of a `.jsonl`, `.csv` or `.tsv` file with a header, by file id.
+    """Rows of a `.jsonl`, `.csv` or `.tsv` file with a header, by file id; of a path to audio that is without suffix.
 
     Raises `ValueError`, naming the line, for what is no such table, and for a file id that comes twice.
     """
@@ -63,13 +71,17 @@ def read_table(path: str | Path) -> dict[str, dict[str, Any]]:
     kind, rows = path.suffix.lower(), dict[str, dict[str, Any]]()
     entries: Iterable[tuple[int, dict[str, Any]]]
     if kind in (".csv", ".tsv"):
-        entries = csv_rows(path, "\t" if kind == ".tsv" else ",", _ID_COLUMNS)
+        # Semicolons lie between the columns in much of Europe.
+        marks = ("\t",) if kind == ".tsv" else (",", ";", "\t")
+        found = (mark for mark in marks if set(_ID_COLUMNS) & set(csv_columns(path, mark, _ID_COLUMNS)))
+        entries = csv_rows(path, next(found, marks[0]), _ID_COLUMNS)
     else:
         entries = json_lines(path, dict, '{"id": "...", ...}')
     for number, row in entries:
-        key = next((str(row[name]) for name in _ID_COLUMNS if row.get(name) not in (None, "")), None)
-        if key is None:
+        name = next((name for name in _ID_COLUMNS if row.get(name) not in (None, "")), None)
+        if name is None:
             raise ValueError(f"{path}, line {number}: has no file id; expected a column fileid, id or file.")
+        key = _without_suffix(str(row[name])) if name in _PATH_COLUMNS else str(row[name])
         if key in rows:
             raise ValueError(f"{path}, line {number}: the file id {shown(key)!r} was there before.")
         rows[key] = row
@@ -77,8 +89,28 @@ def read_table(path: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def read_phones(files: Sequence[str | Path], tier: str | None = None) -> dict[str, Phones]:
-    """Phones of all alignment files (see `evaluation.read_alignments`), by file id."""
-    return {fileid: phones for file in files for fileid, phones in read_alignments(file, tier=tier).items()}
+    """Phones of all alignment files (see `alignments.read_alignments`), by file id.
+
+    Raises `ValueError` where two files have other phones for the same.
+    """
+    phones: dict[str, Phones] = {}
+    for file in files:
+        for fileid, entry in read_alignments(file, tier=tier).items():
+            if phones.setdefault(fileid, entry) != entry:
+                raise _clash(file, fileid, "phones")
+    return phones
+
+
+def _clash(path: str | Path, fileid: str, what: str) -> ValueError:
+    return ValueError(
+        f"{path} has other {what} for {shown(fileid)!r} than a file before it: give recordings names that differ "
+        "(by their folder, for example)."
+    )
+
+
+def _without_suffix(path: str) -> str:
+    stem, suffix = os.path.splitext(path)
+    return stem if suffix.lower() in (*AUDIO_SUFFIXES, *FURTHER_SUFFIXES) else path
 
 
 def without_silence(phones: Phones, silences: Collection[str] = SILENCES) -> list[str]:

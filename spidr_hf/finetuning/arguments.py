@@ -1,9 +1,9 @@
 """What the commands `examples/finetune_*.py` share: arguments, opening model and data, choosing utterances."""
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.loading import load_feature_extractor, loading
 from ..modeling_spidr_heads import SpidrHeadModel
 from ..system.messages import counted
+from ..system.names import find_names
 from ..training.metrics import read_rows
 from ..units.arguments import add_data_arguments
 from .reporter import say
@@ -129,26 +130,35 @@ def load_for_finetuning(
     return model, extractor
 
 
-def open_splits(
-    args: argparse.Namespace, read: Callable[[str, AudioSource], Mapping[str, Any]]
-) -> tuple[dict[str, Any], list[tuple[str, AudioSource, np.ndarray]]]:
-    """The labels of all utterances by file id; and name, source and utterances with labels of each split.
+class Labelled(NamedTuple):
+    """Utterances of a source that have labels, and the label of each by its index."""
 
-    The splits are training, validation and, where there is one, what is held out of it.
+    name: str
+    source: AudioSource
+    values: dict[int, Any]
+
+    @property
+    def indices(self) -> np.ndarray:
+        """Which utterances they are (int64)."""
+        return np.array(list(self.values), dtype=np.int64)
+
+
+def open_splits(args: argparse.Namespace, read: Callable[[str, AudioSource], Mapping[str, Any]]) -> list[Labelled]:
+    """Training, validation and, where there is one, what is held out of it.
 
     Args:
         read: labels by file id that belong to DATA (its name, and opened).
     """
-    labels: dict[str, Any] = {}
-    splits: list[tuple[str, AudioSource, np.ndarray]] = []
+    splits: list[Labelled] = []
     for name, data in (("training", args.data), ("validation", args.valid)):
         source = open_data(data, resample=args.resample, progress=PartialState().is_main_process)
-        labels |= read(data, source)
+        labels = read(data, source)
         kept, away = without_held_out(source, args.labels, data, args.hold_out)
-        splits.append((name, source, labelled(source, kept, labels, name)))
+        splits.append(Labelled(name, source, labelled(source, kept, labels, name)))
         if args.hold_out and name == "validation":
-            splits.append((f"held out, {args.hold_out}", source, labelled(source, away, labels, "the held-out test")))
-    return labels, splits
+            values = labelled(source, away, labels, "the held-out test")
+            splits.append(Labelled(f"held out, {args.hold_out}", source, values))
+    return splits
 
 
 def describe_run(args: argparse.Namespace, config: Mapping[str, Any], **particular: Any) -> dict[str, Any]:
@@ -163,16 +173,30 @@ def without_held_out(
     """Indices of the utterances that are not held out, and of those that are (by label files, or DATA's own column)."""
     if hold_out is None:
         return list(range(len(source))), []
-    away = held_out(Labels(files, data, source), *parse_hold_out(hold_out))
-    kept = [index for index in range(len(source)) if source.fileid(index) not in away]
-    return kept, [index for index in range(len(source)) if source.fileid(index) in away]
+    column, value = parse_hold_out(hold_out)
+    labels = Labels(files, data, source)
+    away = held_out(labels, column, value)
+    known = own_labels(source, {fileid: fileid for fileid in labels.column(column)})
+    if len(known) < len(source):
+        say(f"{counted(len(source) - len(known), 'utterance', of=len(source))} without {column}: not held out.")
+    kept = [index for index in range(len(source)) if known.get(index) not in away]
+    return kept, [index for index in range(len(source)) if known.get(index) in away]
 
 
-def labelled(source: AudioSource, indices: Iterable[int], labels: Mapping[str, Any], what: str) -> np.ndarray:
-    """The utterances that have labels; says how many have none. Raises `ValueError` where none has."""
-    indices = list(indices)
-    found = np.array([index for index in indices if source.fileid(index) in labels], dtype=np.int64)
-    if indices and not len(found):
+def own_labels(source: AudioSource, labels: Mapping[str, Any]) -> dict[int, Any]:
+    """The label of each utterance that has one, by its index; ids match as those of alignments do (`find_names`)."""
+    found = find_names([source.fileid(index) for index in range(len(source))], labels)
+    return {index: labels[known[0]] for index, known in enumerate(found.values()) if len(known) == 1}
+
+
+def labelled(source: AudioSource, indices: Sequence[int], labels: Mapping[str, Any], what: str) -> dict[int, Any]:
+    """The labels of those of the utterances that have one; says how many have none.
+
+    Raises `ValueError` where none has.
+    """
+    known = own_labels(source, labels)
+    found = {index: known[index] for index in indices if index in known}
+    if indices and not found:
         raise ValueError(
             f"{counted(0, 'utterance', of=len(indices))} for {what} has labels: are the file ids the same? One "
             f"of the audio is {source.fileid(indices[0])!r}, one of the labels {next(iter(labels), '(none)')!r}."
@@ -193,11 +217,13 @@ def draw(folder: Path, results: Mapping[str, Any], weights: Sequence[float] | No
 
 
 __all__ = [
+    "Labelled",
     "add_finetuning_arguments",
     "config_changes",
     "describe_run",
     "draw",
     "load_for_finetuning",
     "open_splits",
+    "own_labels",
     "settings_of",
 ]

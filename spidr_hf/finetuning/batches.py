@@ -4,8 +4,9 @@ Batches are of similar length (`batching.BucketSampler`) and padded, and depend 
 their number, so that a run can resume at any of them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,13 +39,15 @@ class Split:
     Attributes:
         name: what reports call it.
         indices: which utterances of the source (int64).
-        labels: the labels of each, by its index.
+        labels: the labels of each as numbers, by its index.
+        values: the labels of each as they are given, by its index; what scores are computed with.
     """
 
     name: str
     source: AudioSource
     indices: np.ndarray
     labels: LabelFunction
+    values: Mapping[int, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -53,7 +53,6 @@ class ClassificationTask(Task):
 
     Args:
         names: the labels, in the order of their numbers.
-        labels: the label of every utterance (its phones, for frames), by file id.
         max_samples: longer utterances are cropped in training.
     """
 
@@ -65,17 +64,19 @@ class ClassificationTask(Task):
         model: SpidrHeadModel,
         feature_extractor: SpidrFeatureExtractor,
         names: Sequence[str],
-        labels: Mapping[str, Any],
         description: Mapping[str, Any],
         max_samples: int | None = None,
     ):
         super().__init__(model, feature_extractor, description)
-        self.names, self.by_fileid, self.max_samples = list(names), labels, max_samples
+        self.names, self.max_samples = list(names), max_samples
         self.numbers = {name: number for number, name in enumerate(names)}
 
-    def labels(self, source: AudioSource) -> Callable[[int], np.ndarray]:
-        """Label numbers of an utterance of the source, by its index; -100 where training knows no such label."""
-        return lambda index: np.array(self.numbers.get(str(self.by_fileid[source.fileid(index)]), NO_LABEL))
+    def labels(self, source: AudioSource, values: Mapping[int, Any]) -> Callable[[int], np.ndarray]:
+        """Label numbers of an utterance of the source, by its index; -100 where training knows no such label.
+
+        `values`: the labels themselves (phones, for frames), likewise.
+        """
+        return lambda index: np.array(self.numbers.get(str(values[index]), NO_LABEL))
 
     def count(self, labels: Tensor) -> int | Tensor:
         return (labels != NO_LABEL).sum()
@@ -96,7 +97,7 @@ class UtteranceTask(ClassificationTask):
 
     def name_of(self, index: int, split: Split) -> str:
         """The label of an utterance, by name."""
-        return str(self.by_fileid[split.source.fileid(index)])
+        return str(split.values[index])
 
 
 class SpeakerTask(UtteranceTask):
@@ -129,14 +130,13 @@ class FrameTask(ClassificationTask):
 
     frames = True
 
-    def labels(self, source: AudioSource) -> Callable[[int], np.ndarray]:
+    def labels(self, source: AudioSource, values: Mapping[int, Phones]) -> Callable[[int], np.ndarray]:
         config = self.model.config
         hop, window = config.inputs_to_logits_ratio, receptive_field(config)
 
         def numbers(index: int) -> np.ndarray:
             num_frames = int(frame_lengths(config, int(source.num_samples[index])))
-            phones: Phones = self.by_fileid[source.fileid(index)]
-            names = frame_phones(phones, num_frames, hop, window)
+            names = frame_phones(values[index], num_frames, hop, window)
             return np.array([self.numbers.get(name, NO_LABEL) for name in names], dtype=np.int64)
 
         return numbers

@@ -153,19 +153,18 @@ class CTCTask(Task):
     Args:
         processor: feature extractor and tokenizer.
         units: what the tokens are, one of `UNITS`.
-        targets: text (or phones between spaces) of every utterance, by file id.
         description: see `Task`.
     """
 
-    def __init__(self, model: Any, processor: Any, units: str, targets: Mapping[str, str], description: Mapping):
+    def __init__(self, model: Any, processor: Any, units: str, description: Mapping):
         super().__init__(model, processor.feature_extractor, description)
-        self.processor, self.units, self.targets = processor, units, targets
+        self.processor, self.units = processor, units
         self.metric = "per" if units == "phones" else "wer"
         self.decode: Callable[[Tensor], str] = self.greedy
 
-    def labels(self, source: Any) -> Callable[[int], np.ndarray]:
-        """Token numbers of an utterance of the source, by its index."""
-        return lambda index: encode(self.processor.tokenizer, self.targets[source.fileid(index)])
+    def labels(self, targets: Mapping[int, str]) -> Callable[[int], np.ndarray]:
+        """Token numbers of an utterance, by its index. `targets`: texts, or phones between spaces, likewise."""
+        return lambda index: encode(self.processor.tokenizer, targets[index])
 
     def greedy(self, logits: Tensor) -> str:
         """Text of the most probable token of every frame (T x V), as transformers' pipeline has it."""
@@ -178,7 +177,7 @@ class CTCTask(Task):
         return [self.decode(logits[:frames]) for logits, frames in zip(output.logits, batch.frames, strict=True)]
 
     def score(self, predictions: Mapping[int, str], split: Split) -> dict[str, float]:
-        references = [self.targets[split.source.fileid(index)] for index in predictions]
+        references = [split.values[index] for index in predictions]
         return error_rates(self.units, references, list(predictions.values()))
 
     def save(self, folder: Path) -> None:

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from spidr_hf.data.labels import Labels, frame_phones, held_out, parse_hold_out, read_table, without_silence
+from spidr_hf.data.labels import (
+    Labels,
+    frame_phones,
+    held_out,
+    parse_hold_out,
+    read_phones,
+    read_table,
+    without_silence,
+)
 from spidr_hf.data.manifests import Manifest
 from spidr_hf.finetuning.batches import Split, evaluation_keys
 from spidr_hf.finetuning.classification import equal_error_rate
@@ -45,6 +53,24 @@ def test_tables_that_are_none(tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_table(tmp_path / (name or "nothing.csv"))
+
+
+def test_tables_as_people_have_them(tmp_path):
+    """From Excel in Europe, with paths of audio, and in several files."""
+    path = tmp_path / "labels.csv"
+    path.write_bytes("\ufeffPath;text\r\ncards/001.wav;eins, zwei\r\ncards/two.b.FLAC;drei\r\n".encode())
+    assert Labels([path], "unused", None).column("text") == {"cards/001": "eins, zwei", "cards/two.b": "drei"}
+    (tmp_path / "more.csv").write_text("fileid,text\ncards/001,vier\n")
+    with pytest.raises(ValueError, match=r"more.csv has other text for 'cards/001' than a file before it"):
+        Labels([path, tmp_path / "more.csv"], "unused", None)
+    (tmp_path / "more.csv").write_text("fileid,speaker\ncards/001,S\n")
+    both = Labels([path, tmp_path / "more.csv"], "unused", None)
+    assert both.column("speaker") == {"cards/001": "S"} and len(both.column("text")) == 2
+    for name, phone in (("a", "A"), ("same", "A"), ("b", "B")):
+        (tmp_path / f"{name}.ctm").write_text(f"u 1 0 0.1 {phone}\n")
+    assert read_phones([tmp_path / "a.ctm", tmp_path / "same.ctm"]) == {"u": [("A", 0.0, 0.1)]}
+    with pytest.raises(ValueError, match=r"b.ctm has other phones for 'u'"):
+        read_phones([tmp_path / "a.ctm", tmp_path / "b.ctm"])
 
 
 def test_phones_of_frames():

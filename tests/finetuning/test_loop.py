@@ -1,6 +1,7 @@
 """`examples/finetune_ctc.py` and `finetune_classification.py` from end to end: they learn, resume where they stopped,
 and what they save gives in transformers' pipelines what they said it gives."""
 
+import argparse
 import json
 import os
 import shutil
@@ -21,8 +22,9 @@ from transformers import AutoProcessor, pipeline
 
 from spidr_hf import SpidrFeatureExtractor, SpidrForAudioFrameClassification, SpidrForXVector
 from spidr_hf.data.batching import BatchKey, Position
-from spidr_hf.data.labels import read_phones
+from spidr_hf.data.labels import Labels, read_phones
 from spidr_hf.data.open import open_data
+from spidr_hf.finetuning.arguments import open_splits, own_labels
 from spidr_hf.finetuning.batches import Split
 from spidr_hf.finetuning.classification import FrameTask
 from spidr_hf.finetuning.settings import Settings
@@ -273,12 +275,12 @@ def test_probing_with_a_learned_sum_of_layers(finetune, pretrained, tmp_path):
 def test_labels_of_frames_lie_on_their_frames(speech_of_tones):
     """Frames labelled as silence are silent, and no others, in whole utterances and in crops."""
     source = open_data(speech_of_tones / "dev", progress=False)
-    phones = read_phones([speech_of_tones / "labels.jsonl"])
+    phones = own_labels(source, read_phones([speech_of_tones / "labels.jsonl"]))
     model = SpidrForAudioFrameClassification(tiny_config(**SMALL, num_labels=5))
     names = ["SIL", *TONES]
     for max_samples in (None, 3000):
-        task = FrameTask(model, SpidrFeatureExtractor(), names, phones, {}, max_samples)
-        split = Split("dev", source, np.arange(0, 8, 2), task.labels(source))  # without the shrill speaker
+        task = FrameTask(model, SpidrFeatureExtractor(), names, {}, max_samples)
+        split = Split("dev", source, np.arange(0, 8, 2), task.labels(source, phones))  # without the shrill speaker
         for epoch in range(3):
             batch = task.batches(split, training=True)[BatchKey(epoch, 0, split.indices, Position())]
             for wave, labels, frames in zip(batch.input_values, batch.labels, batch.frames, strict=True):
@@ -294,10 +296,10 @@ def test_labels_of_frames_lie_on_their_frames(speech_of_tones):
 def test_batches_have_few_numbers_of_frames(speech_of_tones):
     """And what is beyond a row's audio is masked."""
     source = open_data(speech_of_tones / "dev", progress=False)
-    phones = read_phones([speech_of_tones / "labels.jsonl"])
+    phones = own_labels(source, read_phones([speech_of_tones / "labels.jsonl"]))
     model = SpidrForAudioFrameClassification(tiny_config(**SMALL, num_labels=5))
-    task = FrameTask(model, SpidrFeatureExtractor(), ["SIL", *TONES], phones, {}, None)
-    split = Split("dev", source, np.arange(len(source.num_samples)), task.labels(source))
+    task = FrameTask(model, SpidrFeatureExtractor(), ["SIL", *TONES], {}, None)
+    split = Split("dev", source, np.arange(len(source.num_samples)), task.labels(source, phones))
     for first in range(len(split)):
         chosen = split.indices[first : first + 2]
         batch = task.batches(split)[BatchKey(0, 0, chosen, Position())]
@@ -311,10 +313,10 @@ def test_an_unreadable_file_alone_in_its_batch(speech_of_tones, tmp_path, capsys
     """Training takes another utterance in its place and lists it; a validation leaves it out and says so."""
     shutil.copytree(speech_of_tones / "dev", tmp_path / "dev")
     source = open_data(tmp_path / "dev", progress=False)
-    phones = read_phones([speech_of_tones / "labels.jsonl"])
+    phones = own_labels(source, read_phones([speech_of_tones / "labels.jsonl"]))
     model = SpidrForAudioFrameClassification(tiny_config(**SMALL, num_labels=5))
-    task = FrameTask(model, SpidrFeatureExtractor(), ["SIL", *TONES], phones, {}, None)
-    split = Split("dev", source, np.arange(0, 8, 2), task.labels(source))
+    task = FrameTask(model, SpidrFeatureExtractor(), ["SIL", *TONES], {}, None)
+    split = Split("dev", source, np.arange(0, 8, 2), task.labels(source, phones))
     broken = next((tmp_path / "dev").rglob(f"{source.fileid(2)}.*"))
     broken.write_bytes(broken.read_bytes()[:200])
     key = BatchKey(0, 3, np.array([2]), Position())
@@ -331,7 +333,7 @@ def test_an_unreadable_file_alone_in_its_batch(speech_of_tones, tmp_path, capsys
     assert source.fileid(2) in capsys.readouterr().err
     evaluate(task, split, Settings(), torch.device("cpu"))
     assert source.fileid(2) not in capsys.readouterr().err  # said once
-    alone = Split("dev", source, np.array([2]), task.labels(source))
+    alone = Split("dev", source, np.array([2]), task.labels(source, phones))
     with pytest.raises(AudioError, match="0 of 2 utterances"):
         task.batches(alone, training=True)[key]
 
@@ -365,6 +367,26 @@ def test_labels_from_the_data_itself(speech_of_tones, pretrained, tmp_path):
     assert done.status == 0, done.err
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["names"] == ["quiet", "shrill"]
+
+
+def test_recordings_of_one_name_keep_their_own_labels(speech_of_tones, tmp_path):
+    """Of two data sets each numbers its recordings from 0, as those without an id do."""
+    from datasets import Audio, Dataset
+
+    def read(data, source):
+        return Labels([], data, source).column("mood")
+
+    files = sorted(map(str, (speech_of_tones / "dev").glob("*.wav")))[:3]
+    moods = {"train": ["sad", "glad", "sad"], "dev": ["glad", "sad", "odd"]}
+    for split, values in moods.items():
+        content = [{"bytes": Path(file).read_bytes(), "path": None} for file in files]
+        dataset = Dataset.from_dict({"audio": content, "mood": values}).cast_column("audio", Audio(decode=False))
+        dataset.save_to_disk(tmp_path / split)
+    names = {"data": str(tmp_path / "train"), "valid": str(tmp_path / "dev")}
+    args = argparse.Namespace(**names, resample=False, labels=[], hold_out=None)
+    train, valid = open_splits(args, read)
+    assert train.source.fileid(0) == valid.source.fileid(0)
+    assert list(train.values.values()) == moods["train"] and list(valid.values.values()) == moods["dev"]
 
 
 @pytest.mark.parametrize(
