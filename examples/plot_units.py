@@ -9,8 +9,11 @@ are known by ARPAbet (stress marks and case make no difference), TIMIT's symbols
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a command: the repository, not this folder, is where imports start
     sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
@@ -19,13 +22,15 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 from spidr_hf.configuration_spidr import SAMPLING_RATE
 from spidr_hf.data.alignments import read_alignments
 from spidr_hf.data.open import open_data
-from spidr_hf.evaluation.phones import count_pairs
+from spidr_hf.data.sources import AudioSource
+from spidr_hf.evaluation.phones import UNIT, count_pairs
 from spidr_hf.system.commands import HelpFormatter, clear_errors, picture_path, user_path
 from spidr_hf.system.messages import counted
-from spidr_hf.system.names import match_names
+from spidr_hf.system.names import find_names, match_names
 from spidr_hf.units.unit_files import read_units, unit_files
 
 _LEGIBLE = 20  # seconds
+_DIFFERENCE = 0.045  # seconds: a frame, and what the convolutions drop
 
 
 def main() -> None:
@@ -68,22 +73,37 @@ def main() -> None:
                     file=sys.stderr,
                 )
             phones = alignments[known[name]] if name in known else []
-        shown = {layer: sequences[name] for layer, sequences in units.items()}
+        shown = {layer: sequences[name] for layer, sequences in units.items() if name in sequences}
         waveform, part = source.read(index), (args.start, args.end)
+        for sequence in shown.values():
+            if abs(len(sequence) * UNIT - len(waveform) / SAMPLING_RATE) > _DIFFERENCE:
+                raise ValueError(
+                    f"The units of {name!r} are those of {len(sequence) * UNIT:.2f} s, the recording has "
+                    f"{len(waveform) / SAMPLING_RATE:.2f} s: give the data that they are of."
+                )
         save_figure(utterance_figure(waveform, phones, shown, colours, title=name, part=part), args.picture)
         if (args.end or len(waveform) / SAMPLING_RATE) - args.start > _LEGIBLE:
             print(f"Single units can be told apart in up to {_LEGIBLE} s: see --start and --end.", file=sys.stderr)
         print(args.picture)
 
 
-def find(source, units, wanted: str | None) -> tuple[int, str]:
+def find(source: AudioSource, units: Mapping[str, Any], wanted: str | None) -> tuple[int, str]:
     """An utterance that has units: its index in the data, and what its units are called."""
-    for index in range(len(source)):
-        fileid = source.fileid(index)
-        name = fileid if fileid in units else fileid.rsplit("/", 1)[-1]
-        if name in units and wanted in (None, fileid, name):
-            return index, name
-    raise ValueError(f"There is no utterance {wanted or ''} that is in the data and has units.".replace("  ", " "))
+    matches = find_names([source.fileid(index) for index in range(len(source))], units)
+    known = {fileid: (index, names[0]) for index, (fileid, names) in enumerate(matches.items()) if len(names) == 1}
+    if not known:
+        raise ValueError(
+            f"No utterance of the data has units: it has {source.fileid(0)!r}, for example, and there are units of "
+            f"{next(iter(units), 'none')!r}."
+        )
+    if wanted is None:
+        return next(iter(known.values()))
+    for name in (wanted, os.path.splitext(wanted)[0]):
+        if len(found := find_names([name], known)[name]) == 1:
+            return known[found[0]]
+    raise ValueError(
+        f"There is no utterance {wanted!r} that is in the data and has units, as {next(iter(known))!r} is."
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from .curves import DASHES, FAINT, INK, MARKERS, SERIES, chart, draw_losses, dra
 from .palette import COLOURS, HATCHED, ink_on, manners, merge_phones, phone_name, unit_colour
 
 FRAME = 0.02  # seconds per unit
+_QUIETEST = -60.0  # dB of a spectrum: below it is no sound, which would look like the loudest
 _SHARES = ("phone_purity", "cluster_purity", "pnmi", "pnmi_without_silence", "agreement")
 _DIVERSITY = ("codebook_perplexity", "active_units")
 
@@ -38,13 +39,14 @@ def draw_spectrogram(
     emphasised = torch.cat([waveform[:1], waveform[1:] - 0.95 * waveform[:-1]])
     spectrum = torch.stft(emphasised, 1024, hop, window, torch.hann_window(window), return_complex=True).abs()
     decibels = (20 * spectrum.clamp_min(1e-8).log10()).numpy()
+    loudest = max(float(decibels.max()), _QUIETEST)
     axes.imshow(
         decibels,
         origin="lower",
         aspect="auto",
         cmap="magma",
-        vmin=decibels.max() - 62,
-        vmax=decibels.max() - 3,
+        vmin=loudest - 62,
+        vmax=loudest - 3,
         extent=(start, start + len(waveform) / sampling_rate, 0, sampling_rate / 2000),
         interpolation="bilinear",
     )

@@ -72,11 +72,22 @@ def test_the_command(tmp_path, speech):
     done = run_command("plot_units", *arguments, "--alignments", speech / "alignments.jsonl", "--file", rows[2]["id"])
     assert done.status == 0, done.err
     assert (tmp_path / "a.png").exists()
+    less = dict(list(units.items())[:2])
+    write_units(tmp_path / "units" / "6" / "units.jsonl", less, {})
+    only = run_command("plot_units", *arguments, "--file", rows[3]["id"])
+    assert only.status == 0, only.err  # of layer 5 alone
     one = tmp_path / "units" / "5" / "units.jsonl"
     assert run_command("plot_units", speech / "small.tar", one, tmp_path / "b.pdf").status == 0
     part = run_command("plot_units", *arguments, "--start", 0.5, "--end", 1)
     assert part.status == 0 and "--start and --end" not in part.err
     fails(run_command("plot_units", *arguments, "--start", 90), "nothing between 90 and")
     fails(run_command("plot_units", *arguments, "--layers", 7), "no units of layer 7")
-    fails(run_command("plot_units", *arguments, "--file", "nothing"), "no utterance nothing")
+    fails(run_command("plot_units", *arguments, "--file", "nothing"), "no utterance 'nothing'", rows[0]["id"])
+    assert run_command("plot_units", *arguments, "--file", f"{rows[1]['id']}.flac").status == 0
+    others = {f"a/{row['id']}": [1, 2, 3] for row in rows[:2]}
+    write_units(tmp_path / "other.jsonl", others, {})
+    other = (speech / "manifest.csv", tmp_path / "other.jsonl", tmp_path / "a.png")
+    fails(run_command("plot_units", *other), "units", "are those of 0.06 s, the recording has", "give the data")
+    write_units(tmp_path / "other.jsonl", {"x": [1, 2, 3]}, {})
+    fails(run_command("plot_units", *other), "No utterance of the data has units", "'x'")
     fails(run_command("plot_units", *arguments[:2], tmp_path / "a.txt"), "a.txt")

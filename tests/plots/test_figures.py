@@ -9,6 +9,7 @@ from spidr_hf.finetuning.plots import layer_weights_figure
 from spidr_hf.plots.curves import curves_figure
 from spidr_hf.plots.figures import (
     draw_phones,
+    draw_spectrogram,
     draw_units,
     layer_figure,
     matrix_figure,
@@ -57,6 +58,14 @@ def test_runs_of_a_unit_become_one_numbered_block():
     ax = axes()
     draw_units(ax, [10, 11] * 4, {}, "layer 6", characters_per_second=50)
     assert len(blocks(ax)) == 8 and texts(ax) == []  # too short for a number
+
+
+@pytest.mark.parametrize("loudness, dark", [(0.0, True), (3e-5, False)])
+def test_silence_is_dark(loudness, dark):
+    ax = axes()
+    draw_spectrogram(ax, loudness * np.sin(np.arange(16_000)))
+    image = ax.images[0]
+    assert bool((image.norm(image.get_array()) <= 0).all()) == dark
 
 
 def test_units_without_phones_have_colours_of_their_own():
