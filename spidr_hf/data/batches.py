@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import signal
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -344,9 +343,8 @@ class SkippedFiles:
         self.tried += tried
         self.skipped += len(skipped)
         for entry in skipped:
-            kind = re.sub(r"\d+", "N", entry.reason.removeprefix(entry.fileid).rpartition(": ")[2])
-            self._kinds[kind] += 1
-            self._examples.setdefault(kind, entry.reason)
+            self._kinds[entry.kind] += 1
+            self._examples.setdefault(entry.kind, entry.reason)
         new = {entry.fileid: entry for entry in skipped if entry.fileid not in self._listed}
         self._earlier -= {entry.fileid for entry in skipped}
         if gone := self._earlier.intersection(used_again):

@@ -36,7 +36,7 @@ from .manifest_files import (
     write_csv,
     write_jsonl,
 )
-from .sources import Skipped
+from .sources import Skipped, commonest
 
 _TAR_COLUMNS = ("archive", "byte_offset", "byte_size")
 _SCAN_THREADS = 8
@@ -390,7 +390,10 @@ def _is_apples(path: str) -> bool:
 
 
 def _first(skipped: Sequence[Skipped]) -> str:
-    return f" {counted(len(skipped), 'file')} left out; the first: {skipped[0].reason}" if skipped else ""
+    if not skipped:
+        return ""
+    how_many, first = commonest(skipped)
+    return f" {counted(len(skipped), 'file')} left out; {how_many}the first: {first.reason}"
 
 
 def scan_tar(
@@ -452,9 +455,9 @@ def _split(rows: Iterable[tuple[str, int | AudioError]], name: str) -> tuple[dic
             columns["path"].append(path)
             columns["num_samples"].append(result)
     if not columns["path"]:
-        raise ManifestError(
-            f"{name}: {counted(0, 'audio file', of=len(skipped))} can be used; the first: {skipped[0].reason}"
-        )
+        how_many, first = commonest(skipped)
+        nothing = counted(0, "audio file", of=len(skipped))
+        raise ManifestError(f"{name}: {nothing} can be used; {how_many}the first: {first.reason}")
     return columns, skipped
 
 

@@ -1,5 +1,7 @@
 """What every kind of audio source offers: of utterances that are known beforehand, or of streamed ones."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -13,6 +15,21 @@ class Skipped(NamedTuple):
 
     fileid: str
     reason: str
+
+    @property
+    def kind(self) -> str:
+        """The reason without what differs between utterances: names of files, and numbers."""
+        return re.sub(r"\d+", "N", self.reason.removeprefix(self.fileid).rpartition(": ")[2])
+
+
+def commonest(skipped: Sequence[Skipped]) -> tuple[str, Skipped]:
+    """The first utterance that was left out for the reason that most were, and words that say how many those are.
+
+    Where it is everyone's, or each has its own, the words are empty.
+    """
+    kinds = [entry.kind for entry in skipped]
+    kind, count = Counter(kinds).most_common(1)[0]
+    return f"{count} for one reason, " if 1 < count < len(kinds) else "", skipped[kinds.index(kind)]
 
 
 class AudioSource(Protocol):
@@ -79,4 +96,4 @@ class StreamedSource(Protocol):
         ...
 
 
-__all__ = ["AudioSource", "Skipped", "StreamedSource"]
+__all__ = ["AudioSource", "Skipped", "StreamedSource", "commonest"]

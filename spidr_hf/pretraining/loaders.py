@@ -27,7 +27,7 @@ from ..data.batching import BucketSampler, Position
 from ..data.masking import masked_frames
 from ..data.mixture import MixedSource
 from ..data.sections import DataSection
-from ..data.sources import AudioSource, Skipped, StreamedSource
+from ..data.sources import AudioSource, Skipped, StreamedSource, commonest
 from ..data.streaming import StreamedBatches
 from ..system.errors import AudioError, BatchingError
 from ..system.messages import counted, duration
@@ -230,7 +230,8 @@ def source_plan(source: AudioSource | StreamedSource, config: PretrainingConfig)
     yield from decoding_plan(source, config.data.max_skipped_share, "data")
     skipped, _ = unusable(source, config.data, config.model)
     if skipped:
-        yield Line(NOTE, f"{counted(len(skipped), 'file')} cannot be used; the first: {skipped[0].reason}")
+        how_many, first = commonest(skipped)
+        yield Line(NOTE, f"{counted(len(skipped), 'file')} cannot be used; {how_many}the first: {first.reason}")
 
 
 def workers_plan(data: DataSection) -> Iterator[Line]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..data.audio import resampler_name
 from ..data.open import open_data
+from ..data.sources import commonest
 from ..feature_extraction_spidr import SpidrFeatureExtractor
 from ..hub.loading import DTYPES
 from ..system.commands import folder_path
@@ -185,10 +186,10 @@ def report(summary: Any) -> None:
     """Prints what an extraction did, with what it skipped."""
     print(summary)
     if summary.skipped:
-        first = summary.skipped[0]
+        how_many, first = commonest(summary.skipped)
         print(
-            f"{counted(len(summary.skipped), 'file')} skipped (see skipped.jsonl); the first, {first.fileid}: "
-            f"{first.reason}",
+            f"{counted(len(summary.skipped), 'file')} skipped (see skipped.jsonl); {how_many}the first, "
+            f"{first.fileid}: {first.reason}",
             file=sys.stderr,
         )
     if summary.lengths:

@@ -20,7 +20,7 @@ import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..data.sources import AudioSource, Skipped
+from ..data.sources import AudioSource, Skipped, commonest
 from ..system.errors import RunFolderError
 from ..system.files import naming, write_text
 from ..system.messages import counted, warn_once
@@ -52,7 +52,7 @@ class Summary:
     waiting: int | None = 0
 
     def __str__(self) -> str:
-        text = f"{counted(self.computed, 'utterance')} computed ({self.throughput})"
+        text = f"{counted(self.computed, 'utterance')} computed{f' ({self.throughput})' if self.computed else ''}"
         if self.found:
             text += f", {self.found} there before"
         if self.waiting is None:
@@ -281,8 +281,9 @@ def _finish(
     lengths = store.known_lengths(source)
     if len(skipped) == len(store.names):
         _clear(folder)
-        fileid, reason = next(iter(skipped.values()))
-        raise ValueError(f"{counted(0, 'utterance', of=len(skipped))} can be used; the first, {fileid}: {reason}")
+        how_many, (fileid, reason) = commonest(list(skipped.values()))
+        nothing = counted(0, "utterance", of=len(skipped))
+        raise ValueError(f"{nothing} can be used; {how_many}the first, {fileid}: {reason}")
     files = store.finish()
     # In the order of the data, however many processes found them.
     all_skipped = [*source.skipped, *(skipped[fileid] for fileid in store.fileids if fileid in skipped)]

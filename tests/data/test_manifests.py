@@ -18,6 +18,7 @@ import soundfile
 
 from spidr_hf.data.audio import read_audio
 from spidr_hf.data.manifests import Manifest, open_manifest, read_manifest, scan_folder, scan_tar
+from spidr_hf.data.sources import Skipped, commonest
 from spidr_hf.system.errors import AudioError, ManifestError
 
 LENGTHS = {"one/a": 5000, "one/b": 7000, "two/c": 3000}
@@ -193,6 +194,9 @@ def test_bad_folders_and_tars_say_what_is_wrong(tmp_path):
     with pytest.raises(ManifestError, match="no audio files"):
         open_manifest(tmp_path / "empty")
     (tmp_path / "empty" / "a.wav").write_text("no audio")
+    alike = [Skipped(n, f"{n}.wav: has {rate} Hz") for n, rate in (("b", 8000), ("c", 44100))]
+    assert commonest([Skipped("a", "a.wav: is empty"), *alike]) == ("2 for one reason, ", alike[0])
+    assert commonest(alike) == ("", alike[0]) and commonest([Skipped("a", "x"), alike[0]]) == ("", Skipped("a", "x"))
     with pytest.raises(ManifestError, match=r"0 of 1 audio file can be used; the first: .*a\.wav"):
         open_manifest(tmp_path / "empty", progress=False)
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as archive:
