@@ -108,7 +108,8 @@ def main() -> None:
                 scores[layer] |= discovery_scores(units, phones, assignment=args.assignment, **options)
                 if args.agreement:
                     if layer not in others:
-                        raise ValueError(f"there is no layer {layer} in {args.agreement}.")
+                        what = "several layers: give one's file" if layer is None else f"no units of layer {layer}"
+                        raise ValueError(f"{args.agreement} has {what}.")
                     scores[layer]["agreement"] = agreement(units, read_units(others[layer]))
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error

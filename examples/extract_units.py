@@ -33,6 +33,8 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
     sys.path[0] = str(next(up for up in Path(__file__).resolve().parents if (up / "spidr_hf").is_dir()))
     __package__ = "spidr_hf.examples"  # what relative imports start from (PEP 366)
 
+from accelerate import PartialState
+
 from spidr_hf import SpidrForAudioTokenization, SpidrForPretraining, SpidrModel
 from spidr_hf.hub.loading import load_model
 from spidr_hf.system.allocation import keep_freed_memory
@@ -43,6 +45,7 @@ from spidr_hf.units.arguments import FILE_KEYS, add_extraction_arguments, extrac
 from spidr_hf.units.extractor import cluster_outputs, teacher_outputs, unit_layers, unit_outputs
 from spidr_hf.units.kmeans import load_kmeans
 from spidr_hf.units.stores import UnitStore
+from spidr_hf.units.unit_files import describe_model
 
 
 def main() -> None:
@@ -77,6 +80,11 @@ def main() -> None:
         kind: dict[str, object]
         if kmeans is not None:
             layers = [kmeans.check_layer(args.layers, after_residual=args.after_residual)]
+            if PartialState().is_main_process and (other := kmeans.other_model(describe_model(model))):
+                print(
+                    f"{args.kmeans} was trained on features of {other}: of any other encoder its units mean nothing.",
+                    file=sys.stderr,
+                )
             outputs = cluster_outputs(model, layers[0], kmeans.centroids, before_residual=not args.after_residual)
             kind = {
                 "kind": "k-means units",

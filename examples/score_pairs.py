@@ -28,8 +28,16 @@ from spidr_hf.system.commands import HelpFormatter, clear_errors, output_path, u
 from spidr_hf.system.files import write_text
 from spidr_hf.system.messages import counted
 from spidr_hf.system.processes import device_of
-from spidr_hf.units.language_model import Pair, collapses, read_pairs, score_pairs, text_to_units, units_to_text
-from spidr_hf.units.unit_files import read_units
+from spidr_hf.units.language_model import (
+    Pair,
+    collapses,
+    read_pairs,
+    score_pairs,
+    text_to_units,
+    trained_on,
+    units_to_text,
+)
+from spidr_hf.units.unit_files import check_same_units, read_units
 
 
 def main() -> None:
@@ -62,6 +70,8 @@ def main() -> None:
         except (OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise ValueError(f"The language model {args.model} cannot be loaded: {first_line}") from error
+        if args.units:
+            check_same_units(args.units, trained_on(args.model), "those that the language model was trained on")
         pairs = read_pairs(args.pairs, read_units(args.units) if args.units else None, args.group)
         if collapses(args.model):
             pairs = [Pair(shortened(p.positive), shortened(p.negative), p.name, p.group) for p in pairs]

@@ -54,7 +54,7 @@ from spidr_hf.units.language_model import (
     unit_tokenizer,
     units_to_text,
 )
-from spidr_hf.units.unit_files import known_units, read_units
+from spidr_hf.units.unit_files import check_same_units, known_units, made_by, read_units
 
 
 def main() -> None:
@@ -86,6 +86,7 @@ def main() -> None:
             if not path.is_file():
                 raise ValueError(f"{path}: no such file of units (`examples/extract_units.py` makes one).")
         train, valid = (list(read_units(path).values()) for path in (args.units, args.valid))
+        check_same_units(args.valid, made_by(args.units), str(args.units))
         if not train or not valid:
             raise ValueError(f"{args.valid if train else args.units} holds no units.")
         largest = max(int(units.max()) for units in (*train, *valid))
@@ -199,6 +200,7 @@ def finish(
         "units": str(args.units.resolve()),
         "deduplicated": args.deduplicate,
         "num_units": num_units,
+        "made_by": made_by(args.units),
         "steps": args.steps,
         "seed": args.seed,
         "spidr_hf": __version__,

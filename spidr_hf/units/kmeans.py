@@ -57,6 +57,14 @@ class KMeans:
             raise ValueError(f"This k-means was trained on features {place} the residual: {flag}.")
         return layer if layers is None else layers[0]  # type: ignore[return-value]  # one of them is known
 
+    def other_model(self, model: Mapping[str, str | None]) -> str | None:
+        """The model whose features these centroids cluster, where that is not this one (of `describe_model`)."""
+        for key in ("sha256", "model"):
+            there, here = self.provenance.get(key), model.get(key)
+            if there and here:
+                return None if there == here else str(self.provenance.get("model") or there)
+        return None
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file that is complete or not there at all."""
         metadata = {"format": _FORMAT, "provenance": json.dumps(self.provenance)}

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from transformers import (
 
 from ..data.batches import padded
 from ..system.messages import shown
+from ..system.names import find_names
 from ..system.tables import csv_columns, csv_rows, known_table
 from .unit_files import deduplicate
 
@@ -254,9 +256,15 @@ def read_pairs(
         units: Units by file id, where the columns hold file ids instead of units.
         group: Column by which accuracy is also wanted.
     """
-    columns, rows = csv_columns(path), csv_rows(path)
+    columns, rows = csv_columns(path), list(csv_rows(path))
     if group is not None and group not in columns:
         raise ValueError(f"{path} has no column {group}, only {', '.join(columns)}.")
+
+    def without_suffix(value: str) -> str:
+        return value if units is None or value in units else os.path.splitext(value)[0]
+
+    values = (row.get(column) for _, row in rows for column in ("positive", "negative", "filename"))
+    known = find_names({without_suffix(value) for value in values if value}, units or ())
 
     def sequence(value: str, number: int) -> str:
         if units is None:
@@ -267,9 +275,8 @@ def read_pairs(
                     f"{path}, line {number}: {shown(value, 40)!r} are no units (numbers between spaces). If they are "
                     "files, give their units, too."
                 ) from error
-        for name in (value, Path(value).stem, os.path.splitext(value)[0]):
-            if name in units:
-                return units_to_text(units[name])
+        if len(found := known.get(without_suffix(value), ())) == 1:
+            return units_to_text(units[found[0]])
         raise ValueError(f"{path}, line {number}: there are no units of {shown(value)!r}.")
 
     pairs: list[Pair] = []
@@ -335,6 +342,12 @@ def collapses(folder: str | os.PathLike) -> bool:
     return known_table(Path(folder, "unit_lm.json")).get("deduplicated") is True
 
 
+def trained_on(folder: str | os.PathLike) -> dict[str, Any]:
+    """What made the units that the language model of a folder was trained on (`unit_files.made_by`)."""
+    known = known_table(Path(folder, "unit_lm.json")).get("made_by")
+    return known if isinstance(known, dict) else {}
+
+
 __all__ = [
     "ARCHITECTURES",
     "NGrams",
@@ -347,6 +360,7 @@ __all__ = [
     "read_pairs",
     "score_pairs",
     "text_to_units",
+    "trained_on",
     "unit_tokenizer",
     "units_to_text",
 ]

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
 from .. import __version__
+from ..data.audio import AUDIO_SUFFIXES
 from ..system.files import replaced_file, write_text
 from ..system.messages import counted, one_line, shown
 from ..system.tables import json_lines, known_table
@@ -28,6 +29,8 @@ from .extractor import Extractor, unit_layers, unit_outputs
 # What the utterance is called in unit files: DiscoPhon's name, fastabx's default, and a common third.
 FILE_KEYS = ("file", "audio", "name")
 UNIT_SUFFIXES = (".jsonl", ".parquet")
+# What of their provenance makes units with the same numbers the same units, and what messages call it.
+_MADE_BY = {"layer": "layer", "kind": "kind", "sha256": "model", "kmeans_sha256": "k-means"}
 _LONGEST = 100_000_000  # frames: three weeks
 _ROWS = 1000  # utterances in a row group of a Parquet file
 
@@ -241,13 +244,15 @@ class UnitRows:
 
 def read_units(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
-    Units of a JSON lines or Parquet file by file id (one of the keys `FILE_KEYS`), one per frame: int64 arrays. Where
-    the file has `durations`, repeats are put back.
+    Units of a JSON lines or Parquet file by file id (one of the keys `FILE_KEYS`; under "audio", fastabx's, the audio's
+    suffix is none of it), one per frame: int64 arrays. Where the file has `durations`, repeats are put back.
     """
     units: dict[str, np.ndarray] = {}
 
     def entry(row: dict[str, Any]) -> tuple[str, np.ndarray]:
-        return str(row[next((key for key in FILE_KEYS if key in row), "file")]), units_of_row(row)
+        key = next((key for key in FILE_KEYS if key in row), "file")
+        name, suffix = os.path.splitext(str(row[key]))
+        return name if key == "audio" and suffix.lower() in AUDIO_SUFFIXES else str(row[key]), units_of_row(row)
 
     path, form = Path(path), '{"file": "...", "units": [1, 2, ...]}'
     for number, (fileid, values) in json_lines(path, entry, form, unit_rows(path)):
@@ -281,13 +286,33 @@ def known_units(path: Path) -> int | None:
     return number if isinstance(number, int) else None
 
 
+def made_by(path: Path) -> dict[str, Any]:
+    """What made the units of a file, by the provenance beside it: layer, kind and weights, where they are known."""
+    known = known_table(provenance_path(path))
+    return {key: known[key] for key in _MADE_BY if known.get(key) is not None}
+
+
+def check_same_units(path: Path, expected: Mapping[str, Any], whose: str) -> None:
+    """Raises `ValueError` where a file's units are known to be others than those that `made_by` told `expected` of."""
+    for key, value in made_by(path).items():
+        if expected.get(key, value) != value:
+            told = "" if "sha256" in key else f" ({value})"
+            other = "" if "sha256" in key else f" ({expected[key]})"
+            raise ValueError(
+                f"{path} holds units of another {_MADE_BY[key]}{told} than {whose}{other}: the same numbers mean other "
+                "sounds."
+            )
+
+
 __all__ = [
     "FILE_KEYS",
     "UNIT_SUFFIXES",
     "UnitRows",
+    "check_same_units",
     "deduplicate",
     "describe_model",
     "known_units",
+    "made_by",
     "predict_units",
     "provenance_path",
     "read_units",

@@ -78,6 +78,11 @@ def test_from_audio_to_units(tmp_path, not_installed):
     for row in map(json.loads, (out / "2" / "units.jsonl").read_text().splitlines()):
         expected = load_kmeans(kmeans).predict(load_features(features / "2" / f"{row['file']}.pt"))
         assert np.mean(np.array(row["units"]) == expected.numpy()) > 0.99
+    assert "was trained on features of" not in done.err
+    tiny_model(seed=1).save_pretrained(tmp_path / "other")
+    SpidrFeatureExtractor().save_pretrained(tmp_path / "other")
+    other = run_command("extract_units", tmp_path / "other", tmp_path / "audio", tmp_path / "o", "--kmeans", kmeans)
+    assert other.status == 0 and f"was trained on features of {tmp_path / 'model'}" in other.err
     sidecar = json.loads((out / "2" / "units.provenance.json").read_text())
     assert sidecar["kind"] == "k-means units" and sidecar["num_units"] == 8 and len(sidecar["kmeans_sha256"]) == 64
     fails(

@@ -102,6 +102,10 @@ def test_pairs_of_every_form(tmp_path):
     path.write_text("positive,negative\na.wav,d/b\n")
     units = {"a": [1, 2], "d/b": np.array([3])}
     assert read_pairs(path, units) == [Pair("1 2", "3", "2")]
+    path.write_text("positive,negative\nx/a.wav,y/a.wav\n")
+    assert read_pairs(path, {"x/a": [1], "y/a": [2], "a": [3]}) == [Pair("1", "2", "2")]
+    with pytest.raises(ValueError, match=r"no units of 'x/a.wav'"):
+        read_pairs(path, {"a": [3]})  # whose?
     path.write_text("id,filename,voice,correct\n7,a,v,1\n7,b,v,0\n7,c,w,0\n7,a,w,1\n")
     units = {"a": [1], "b": [2], "c": [3]}
     assert read_pairs(path, units) == [Pair("1", "2", "7"), Pair("1", "3", "7")]
@@ -175,6 +179,22 @@ def test_pairs_are_told_apart(trained, tmp_path):
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores["accuracy"] > 0.9 and scores["pairs"] == 20
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 21
+
+
+def test_other_units_of_the_same_numbers_are_refused(trained, tmp_path):
+    _, arguments, _ = trained
+    made = {"num_units": 12, "layer": 6, "sha256": "a" * 64, "kind": "codebook predictions"}
+    for name, change in (("six", {}), ("five", {"layer": 5}), ("other", {"sha256": "b" * 64})):
+        write_units(tmp_path / f"{name}.jsonl", walks(4, 0), made | change)
+    command = ("train_unit_lm", tmp_path / "six.jsonl", tmp_path / "out", "--valid")
+    fails(run_command(*command, tmp_path / "five.jsonl"), "five.jsonl", "another layer (5)", "six.jsonl (6)")
+    fails(run_command(*command, tmp_path / "other.jsonl"), "other.jsonl", "another model than")
+    done = run_command(*command, tmp_path / "six.jsonl", *arguments[4:-4], "--steps", 1)
+    assert done.status == 0, done.err
+    (tmp_path / "p.csv").write_text("positive,negative\n0-0,0-1\n")
+    score = ("score_pairs", tmp_path / "out" / "final", tmp_path / "p.csv", "--units")
+    fails(run_command(*score, tmp_path / "five.jsonl"), "another layer (5) than those that the language model", "(6)")
+    assert run_command(*score, tmp_path / "six.jsonl").status == 0
 
 
 def test_started_again_it_ends_as_if_never_interrupted(trained, not_installed):

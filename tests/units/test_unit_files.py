@@ -144,6 +144,13 @@ def test_broken_unit_files_are_named(tmp_path, text, message):
         read_units(path)
 
 
+def test_names_of_audio_are_read_without_its_suffix(tmp_path):
+    """As they are written for fastabx where they have a point in them."""
+    lines = ('{"audio": "a.b.flac", "units": [1]}', '{"audio": "c.d", "units": [2]}', '{"file": "e.wav", "units": [3]}')
+    (tmp_path / "units.jsonl").write_text("\n".join(lines))
+    assert list(read_units(tmp_path / "units.jsonl")) == ["a.b", "c.d", "e.wav"]
+
+
 def test_a_model_is_described_by_its_weights(model, tmp_path):
     assert describe_model(model) == {"model": None, "revision": None}
     model.save_pretrained(tmp_path / "a")
