@@ -40,7 +40,7 @@ if not __package__:  # run as a command: the repository, not this folder, is whe
 
 from spidr_hf import SpidrForAudioFrameClassification, SpidrForSequenceClassification, SpidrForXVector
 from spidr_hf.configuration_spidr import SAMPLING_RATE
-from spidr_hf.data.labels import Labels, read_phones
+from spidr_hf.data.labels import Labels, plain_label, read_phones
 from spidr_hf.data.sources import AudioSource
 from spidr_hf.finetuning.arguments import (
     add_finetuning_arguments,
@@ -122,7 +122,9 @@ def read_labels(args: argparse.Namespace, data: str, source: AudioSource) -> dic
     """The label of every utterance that has one, or its phones, by file id."""
     if args.task == "frame":
         return read_phones(args.labels, args.tier)
-    return {fileid: str(value) for fileid, value in Labels(args.labels, data, source).column(args.column).items()}
+    return {
+        fileid: plain_label(value) for fileid, value in Labels(args.labels, data, source).column(args.column).items()
+    }
 
 
 if __name__ == "__main__":

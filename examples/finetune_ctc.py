@@ -38,7 +38,7 @@ from transformers import Wav2Vec2Processor
 
 from spidr_hf import SpidrForCTC
 from spidr_hf.configuration_spidr import SAMPLING_RATE
-from spidr_hf.data.labels import Labels, read_phones, without_silence
+from spidr_hf.data.labels import Labels, plain_label, read_phones, spoken_phones, without_silence
 from spidr_hf.data.sources import AudioSource
 from spidr_hf.finetuning.arguments import (
     add_finetuning_arguments,
@@ -145,9 +145,10 @@ def read_targets(args: argparse.Namespace, data: str, source: AudioSource) -> di
         phones = read_phones(args.labels, args.tier)
         return {fileid: " ".join(without_silence(entry)) for fileid, entry in phones.items()}
     column = args.column or ("phones" if args.units == "phones" else "text")
-    values = {fileid: str(value) for fileid, value in Labels(args.labels, data, source).column(column).items()}
+    values = Labels(args.labels, data, source).column(column)
     if args.units == "phones":
-        return {fileid: " ".join(value.split()) for fileid, value in values.items()}
+        return {fileid: spoken_phones(value) for fileid, value in values.items()}
+    values = {fileid: plain_label(value) for fileid, value in values.items()}
     return values if args.keep_text else {fileid: normalize_text(value) for fileid, value in values.items()}
 
 

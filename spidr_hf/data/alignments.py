@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ SILENCES = (
     *("", "SIL", "SP", "SPN", "NSN", "<EPS>", "<SIL>", "SILENCE", "H#", "EPI", "PAU", "SSIL", "BRTH"),
     *("<P:>", "<USB>", "<NIB>"),
 )
+POSITION = re.compile(r"_[BIES]$")  # of a phone in its word, as Kaldi marks it
 _PHONE_TIERS = ("phones", "phone", "phonemes", "phoneme", "phns", "mau")
 # Strings (quotes inside are doubled), then what must not be taken for a number, then numbers.
 _TEXTGRID_TOKEN = re.compile(r'"(?:[^"]|"")*"|\[\d*\]|<[^>]*>|![^\n]*|[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?')
 
 
 def is_silence(label: str, silences: Collection[str] = SILENCES) -> bool:
-    """Whether a label is one of silence; case does not matter."""
-    return label.upper() in {name.upper() for name in silences}
+    """Whether a label is one of silence, with or without its position in the word ("SPN_S"); case does not matter."""
+    return not {label.upper(), POSITION.sub("", label).upper()}.isdisjoint(name.upper() for name in silences)
 
 
 def phones_of_steps(labels: Sequence[str], step: float) -> list[tuple[str, float, float]]:
@@ -44,13 +46,18 @@ def phones_of_steps(labels: Sequence[str], step: float) -> list[tuple[str, float
 def read_textgrids(path: str | os.PathLike, tier: str | None = None) -> dict[str, list[tuple[str, float, float]]]:
     """Phones of a `.TextGrid` file, or of all below a folder, by path without suffix. Empty labels are silence."""
     path = Path(path)
-    # What macOS puts beside files ("._a.TextGrid") is none.
-    below = () if path.is_file() else (p for p in path.rglob("*") if not p.name.startswith("._"))
-    files = [path] if path.is_file() else sorted(p for p in below if p.suffix.lower() == ".textgrid")
+    files = alignment_files(path)
     if not files:
         raise ValueError(f"{path}: no TextGrid files in this folder or below it.")
     root = path.parent if path.is_file() else path
     return {file.relative_to(root).with_suffix("").as_posix(): read_textgrid(file, tier) for file in files}
+
+
+def alignment_files(path: Path) -> list[Path]:
+    """The files that alignments are read from: the one, or all TextGrids below a folder, sorted."""
+    # What macOS puts beside files ("._a.TextGrid") is none.
+    below = () if path.is_file() else (p for p in path.rglob("*") if not p.name.startswith("._"))
+    return [path] if path.is_file() else sorted(p for p in below if p.suffix.lower() == ".textgrid")
 
 
 def read_textgrid(path: str | os.PathLike, tier: str | None = None) -> list[tuple[str, float, float]]:
@@ -190,13 +197,13 @@ def write_items(
 
     Raises `ValueError` where a speaker is missing, and for names with blanks, which end a word of such files.
     """
-    silent, lines = {name.upper() for name in silences}, list[str]()
+    silent, lines = cache(lambda label: is_silence(label, silences)), list[str]()
     for fileid, phones in alignments.items():
         if fileid not in speakers:
             raise ValueError(f"There is no speaker for {fileid!r}.")
         end_of_features = (durations or {}).get(fileid, float("inf"))
         for (before, onset, _), (phone, _, _), (after, _, offset) in _triphones(phones):
-            if silent & {before.upper(), phone.upper(), after.upper()} or offset > end_of_features:
+            if offset > end_of_features or any(map(silent, (before, phone, after))):
                 continue
             words = (fileid, f"{onset:.4f}", f"{offset:.4f}", phone, before, after, speakers[fileid])
             if wrong := [word for word in words if len(word.split()) != 1]:
@@ -263,10 +270,12 @@ def _read_jsonl(path: Path, step: float) -> dict[str, list[tuple[str, float, flo
 
 
 __all__ = [
+    "POSITION",
     "SILENCE",
     "SILENCES",
     "STEP",
     "Phones",
+    "alignment_files",
     "is_silence",
     "phones_of_steps",
     "read_alignments",

@@ -20,7 +20,7 @@ from ..system.errors import AudioError, ManifestError
 from ..system.messages import counted
 from .audio import AudioFile, read_audio, read_info
 from .manifests import load_scan, save_scan
-from .sources import Skipped
+from .sources import Skipped, commonest
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +115,14 @@ class DatasetSource:
         return AudioFile(source, name=name, resample=self.resample)
 
     def values(self, column: str) -> list[Any]:
-        """A column's value of every utterance, in order; those of a `ClassLabel` column by name."""
+        """A column's value of every utterance, in order, None where it has none; of a `ClassLabel` column by name."""
         if column not in self.dataset.column_names:
             raise ManifestError(f"{self.name}: has no column {column!r}, only {', '.join(self.dataset.column_names)}.")
         values = self.dataset.select(self._rows).select_columns(column)[column]
         names = getattr(self.dataset.features[column], "names", None)
-        return [names[value] for value in values] if names else list(values)
+        if not names:
+            return list(values)
+        return [None if value in (None, -1) else names[value] for value in values]  # -1: `datasets`' word for no label
 
     def _scan(self, progress: bool) -> tuple[pa.Table, list[Skipped]]:
         """The rows whose audio can be used, by their headers; and the others."""
@@ -140,9 +142,10 @@ class DatasetSource:
         skipped = [Skipped(fileids[row], str(e)) for row, e in enumerate(lengths) if isinstance(e, AudioError)]
         rows = [row for row, length in enumerate(lengths) if not isinstance(length, AudioError)]
         if not rows:
-            first = f"; the first: {skipped[0].reason}" if skipped else ""
+            how_many, first = commonest(skipped) if skipped else ("", None)
+            why = f"; {how_many}the first: {first.reason}" if first else ""
             raise ManifestError(
-                f"{self.name}: {counted(0, 'row', 'holds', 'hold', of=count)} audio that can be used{first}"
+                f"{self.name}: {counted(0, 'row', 'holds', 'hold', of=count)} audio that can be used{why}"
             )
         columns = {"row": rows, "fileid": [fileids[row] for row in rows], "num_samples": [lengths[row] for row in rows]}
         return pa.table(columns, _SCANNED), skipped
@@ -164,9 +167,10 @@ class DatasetSource:
     def _fileids(self) -> list[str]:
         for column in _ID_COLUMNS:
             if column in self.dataset.column_names and column != self.column:
-                values = [str(value) for value in self.dataset.select_columns(column)[column]]
+                values = ["" if v is None else str(v) for v in self.dataset.select_columns(column)[column]]
+                values = [_without_suffix(value) for value in values] if column in _PATH_COLUMNS else values
                 if len(set(values)) == len(values) and all(values):
-                    return [_without_suffix(value) for value in values] if column in _PATH_COLUMNS else values
+                    return values
         chunks = self._chunks if self.dataset._indices is None else ()
         paths = (path for chunk in chunks for path in chunk.field("path").to_pylist())
         stems = [os.path.splitext(os.path.basename(path or ""))[0] for path in paths]

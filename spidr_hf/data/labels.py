@@ -47,8 +47,13 @@ class Labels:
 
         Raises `ValueError` where there is no such column.
         """
+        values: dict[str, Any]
         if isinstance(self.source, DatasetSource) and not self.files:
-            return {self.source.fileid(i): value for i, value in enumerate(self.source.values(name))}
+            values = {self.source.fileid(i): value for i, value in enumerate(self.source.values(name))}
+            values = {key: value for key, value in values.items() if value not in (None, "")}
+            if not values:
+                raise ValueError(f"{self.name}: no row has a value in the column {name!r}.")
+            return values
         values = {key: row[name] for key, row in self._rows.items() if row.get(name) not in (None, "")}
         if not values:
             columns = sorted({column for row in self._rows.values() for column in row})
@@ -118,6 +123,24 @@ def without_silence(phones: Phones, silences: Collection[str] = SILENCES) -> lis
     return [phone for phone, _, _ in phones if not is_silence(phone, silences)]
 
 
+def spoken_phones(value: Any) -> str:
+    """Phones between spaces: of such a text, of a list of phones, or of an alignment, without its silence.
+
+    Raises `ValueError` for anything else.
+    """
+    if isinstance(value, list):
+        names = [entry[0] if isinstance(entry, list) and entry else entry for entry in value]
+        value = " ".join(name for name in names if isinstance(name, str) and not is_silence(name))
+    return " ".join(plain_label(value).split())
+
+
+def plain_label(value: Any) -> str:
+    """A label as text. Raises `ValueError` for what is none: lists and objects."""
+    if isinstance(value, list | dict):
+        raise ValueError(f"{shown(value, 60)} is no label: a text or a number is.")
+    return str(value)
+
+
 def frame_phones(phones: Phones, num_frames: int, hop: int, window: int, sampling_rate: int = 16_000) -> list[str]:
     """
     The phone at the middle of each frame's window; "" where there is none.
@@ -161,7 +184,9 @@ __all__ = [
     "frame_phones",
     "held_out",
     "parse_hold_out",
+    "plain_label",
     "read_phones",
     "read_table",
+    "spoken_phones",
     "without_silence",
 ]

@@ -5,7 +5,6 @@ too, and text can be read on them: `tests/plots/test_palette.py` measures both.
 """
 
 import colorsys
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import to_hex, to_rgb
 
-from ..data.alignments import SILENCE, is_silence
+from ..data.alignments import POSITION, SILENCE, is_silence
 
 COLOURS = {
     "silence": "#eceff1",
@@ -49,12 +48,11 @@ _IPA = {
 }
 _ARPABET_MANNER = {symbol: manner for manner, symbols in _ARPABET.items() for symbol in symbols.split()}
 _IPA_MANNER = {letter: manner for manner, letters in _IPA.items() for letter in letters}
-_POSITION = re.compile(r"_[BIES]$")  # of a phone in its word, as Kaldi marks it
 
 
 def phone_name(label: str) -> str:
     """The phone of an aligner's label: "AH" of "AH0" and "AH1_B", "SIL" of every label of silence."""
-    label = _POSITION.sub("", label.strip())
+    label = POSITION.sub("", label.strip())
     if is_silence(label):
         return SILENCE
     if label[-1:] in ("0", "1", "2") and _ARPABET_MANNER.get(label[:-1].upper()) == "vowel":

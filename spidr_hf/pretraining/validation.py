@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..configuration_spidr import SAMPLING_RATE, frame_lengths
-from ..data.alignments import read_alignments
+from ..data.alignments import alignment_files, read_alignments
 from ..data.batches import min_samples, padded
 from ..data.batching import batches_by_length, read_ahead
 from ..data.masking import masked_frames
@@ -390,7 +390,7 @@ class ValidationSet:
 
     def _fingerprint(self) -> str:
         data = self.data
-        status = [path.stat() for path in [Path(data.alignments_path)]] if data.alignments_path else []
+        status = [path.stat() for path in alignment_files(Path(data.alignments_path))] if data.alignments_path else []
         content = [
             self.source.fingerprint,
             [data.normalize, data.resample, data.rand_crop, data.random_seed, self.min_samples, data.max_sample_size],

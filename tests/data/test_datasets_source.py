@@ -20,6 +20,7 @@ from tiny import tiny_model
 from spidr_hf import SpidrFeatureExtractor, SpidrForAudioTokenization
 from spidr_hf.data.audio import read_info
 from spidr_hf.data.datasets_source import DatasetSource, is_dataset, open_dataset
+from spidr_hf.data.labels import Labels
 from spidr_hf.data.open import open_data
 from spidr_hf.system.errors import ManifestError
 from spidr_hf.units.unit_files import predict_units
@@ -67,6 +68,22 @@ def test_names_without_an_id_column(data):
     same = data.remove_columns("id").map(lambda row: row, num_proc=None)
     chosen = same.select([3, 0])
     assert [DatasetSource(chosen, progress=False).fileid(i) for i in range(2)] in (["3", "0"], ["0", "1"])
+
+
+def test_names_of_files_keep_what_tells_them_apart(data):
+    named = data.remove_columns("id").add_column("file", ["rec.1", "rec.2", "rec.3", "rec.4"])
+    assert [DatasetSource(named, progress=False).fileid(i) for i in range(3)] == ["0", "1", "3"]
+
+
+def test_rows_without_a_label_have_none(data):
+    """`None`, and -1 in a column of classes, which would be the last one's name."""
+    moods = data.add_column("mood", [1, -1, 0, None]).cast_column("mood", datasets.ClassLabel(names=["glad", "sad"]))
+    moods = moods.remove_columns("text").add_column("text", ["x", None, "y", ""])
+    source = DatasetSource(moods, progress=False)
+    labels = Labels([], "data", source)
+    assert labels.column("mood") == {"a-1": "sad"} and labels.column("text") == {"a-1": "x"}
+    with pytest.raises(ValueError, match="no row has a value in the column 'note'"):
+        Labels([], "data", DatasetSource(moods.add_column("note", [None] * 4), progress=False)).column("note")
 
 
 def test_in_pieces_and_in_workers(data, tmp_path):

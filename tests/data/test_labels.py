@@ -8,8 +8,10 @@ from spidr_hf.data.labels import (
     frame_phones,
     held_out,
     parse_hold_out,
+    plain_label,
     read_phones,
     read_table,
+    spoken_phones,
     without_silence,
 )
 from spidr_hf.data.manifests import Manifest
@@ -78,7 +80,17 @@ def test_phones_of_frames():
     # Windows of 25 ms every 20 ms: their middles are at 12.5, 32.5, 52.5 (in the gap), 72.5 and 92.5 ms.
     assert frame_phones(phones, 5, 320, 400) == ["A", "B", "", "C", ""]
     assert frame_phones(list(reversed(phones)), 2, 320, 400) == ["A", "B"]
-    assert without_silence([("SIL", 0, 1), ("A", 1, 2), ("sp", 2, 3)]) == ["A"]
+    assert without_silence([("SIL", 0, 1), ("A", 1, 2), ("sp", 2, 3), ("SPN_S", 3, 4), ("S_S", 4, 5)]) == ["A", "S_S"]
+
+
+def test_phones_of_whatever_a_column_holds():
+    alignment = [["SIL", 0.0, 0.1], ["K", 0.1, 0.2], ["AE1", 0.2, 0.3]]
+    for value in ("K  AE1", ["sil", "K", "AE1"], alignment):
+        assert spoken_phones(value) == "K AE1"
+    assert plain_label(3) == "3"
+    for value in (["a"], {"a": 1}):
+        with pytest.raises(ValueError, match="is no label: a text or a number is"):
+            plain_label(value)
 
 
 def test_equal_error_rate():
