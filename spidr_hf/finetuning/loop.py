@@ -28,7 +28,8 @@ from ..modeling_spidr_heads import SpidrHeadModel
 from ..system.files import replaced_file, replaced_folder, write_text
 from ..system.messages import counted, duration
 from ..system.processes import RunLock
-from ..training.checkpoints import Checkpoints, TrainerState, agree, begins_anew, set_aside
+from ..system.tables import known_table
+from ..training.checkpoints import Checkpoint, Checkpoints, TrainerState, agree, begins_anew, set_aside
 from ..training.optimizing import UpdateGuard, scale_and_clip
 from ..training.schedules import learning_rate
 from ..training.sharding import distribute, gradient_sync
@@ -79,10 +80,19 @@ def finetune(
                 say(f"Beginning anew. What was there is in {earlier}.")
             checkpoints.remove_partial()
         checkpoint = checkpoints.newest()
+        results = results_of(folder, checkpoint, settings)
         if is_main:
-            for note in settle(folder, task.description, settings, checkpoint is not None):
+            begun, complete = checkpoint is not None, results is not None
+            for note in settle(folder, task.description, settings, begun, complete):
                 say(note)
     agree(checkpoint, folder)
+    if results is not None:
+        model.load_state_dict(load_file(folder / BEST_FILE))
+        model.to(device)
+        if is_main:
+            lock.release()
+        state_of_processes.wait_for_everyone()
+        return results
     state = checkpoint.state if checkpoint else TrainerState(data=train.source.fingerprint)
     if checkpoint:
         checkpoint.load_model(model)
@@ -199,7 +209,7 @@ def finetune(
     if is_main:
         checkpoints.wait()
     state_of_processes.wait_for_everyone()
-    results: dict[str, Any] = {}
+    results = {}
     if state.step >= settings.steps:
         results = finish(task, [valid, *tests], settings, folder, device)
     else:
@@ -208,6 +218,14 @@ def finetune(
         lock.release()
     state_of_processes.wait_for_everyone()
     return results
+
+
+def results_of(folder: Path, checkpoint: Checkpoint | None, settings: Settings) -> dict[str, Any] | None:
+    """The results of a run that is complete, with no more updates wanted; None for any other."""
+    results = known_table(folder / "results.json")
+    step = 0 if checkpoint is None else checkpoint.state.step
+    complete = step >= settings.steps and results.get("steps") == step
+    return results if complete and (folder / "final").exists() and (folder / BEST_FILE).exists() else None
 
 
 def finish(

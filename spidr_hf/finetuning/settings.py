@@ -1,11 +1,13 @@
 """How a head is trained: the settings of `finetuning.finetune`, and the file that a run's folder knows them by."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.folder_settings import keep_settings
+from ..system.tables import known_table
+from ..training.folder_settings import keep_settings, setting_changes
 from ..training.schedules import OptimizerSection
 
 SETTINGS_FILE = "settings.json"
@@ -84,11 +86,18 @@ class Settings:
         return not self.freeze_encoder and step > self.freeze_encoder_steps
 
 
-def settle(folder: Path, description: Mapping[str, Any], settings: Settings, resuming: bool) -> list[str]:
-    """Write settings.json. When resuming: say what changed, and refuse another task, model or set of labels."""
-    return keep_settings(
-        folder / SETTINGS_FILE, {**description, **asdict(settings)}, resuming=resuming, fixed=description
-    )
+def settle(
+    folder: Path, description: Mapping[str, Any], settings: Settings, resuming: bool, complete: bool = False
+) -> list[str]:
+    """Write settings.json, but of a complete run. When resuming: say what changed, and refuse another task, model or
+    set of labels."""
+    now = {**description, **asdict(settings)}
+    if not complete:
+        return keep_settings(folder / SETTINGS_FILE, now, resuming=resuming, fixed=description)
+    now, before = json.loads(json.dumps(now)), known_table(folder / SETTINGS_FILE)
+    changes = setting_changes(folder, {name: before.get(name) for name in now}, now, fixed=description)
+    of_no_effect = f" Of no effect, therefore: {', '.join(changes)}." if changes else ""
+    return [f"{folder} is complete, and left as it is; more --steps continue it, --fresh begins anew.{of_no_effect}"]
 
 
 __all__ = ["SETTINGS_FILE", "Settings", "settle"]

@@ -221,6 +221,25 @@ def test_what_trains_when(finetune, pretrained, tmp_path):
     assert changed("all") == {"feature_extractor", "feature_projection", "encoder"}
 
 
+def test_a_complete_run_is_left_as_it_is(finetune, tmp_path):
+    """Its settings and card tell how it was made, not what somebody asked for later."""
+    options = (*PHONES, "--freeze-encoder", "--eval-interval", 1)
+    first = finetune("ctc", "run", *options, "--steps", 2)
+    assert first.status == 0, first.err
+
+    def content():
+        files = (path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.suffix != ".png")
+        return {path: path.read_bytes() for path in files if path.name != ".lock"}
+
+    before = content()
+    again = finetune("ctc", "run", *options, "--steps", 1, "--lr", 0.7)
+    assert again.status == 0, again.err
+    assert "is complete, and left as it is" in again.err and "lr 0.002 -> 0.7" in again.err and content() == before
+    assert again.out == first.out
+    more = finetune("ctc", "run", *options, "--steps", 3)
+    assert more.status == 0 and json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 3
+
+
 def test_the_best_step_is_kept(finetune, tmp_path):
     # A rate at which scores go up and down.
     options = ("--freeze-encoder", "--head-lr", 0.5, "--steps", 12, "--eval-interval", 2)
