@@ -120,13 +120,16 @@ def choose_code(
     Args:
         folder: where compiled code is kept; None: compile nothing.
     """
+    if not config.run.compile:
+        folder = None
+    if folder is not None and accelerator.device.type == "cuda":
+        keep_compiled(folder)  # first: what Triton builds to start is kept there, too
     if trouble := choose_kernels(config, accelerator):
         return trouble
-    if folder is None or not config.run.compile:
+    if folder is None:
         return []
     if accelerator.device.type != "cuda":
         return ["`run.compile` has no effect on this device."]
-    keep_compiled(folder)
     compile_layers(model, convolutions=config.run.compile_convolutions)
     return []
 

@@ -58,7 +58,7 @@ def test_compiled_code_never_lies_where_machines_share_it(monkeypatch, tmp_path,
 @pytest.mark.parametrize("kernels", [True, False])
 def test_kernels_and_compiled_layers_where_they_can_run(monkeypatch, tmp_path, trouble, kernels):
     compiled = []
-    monkeypatch.setattr(setup, "kernel_trouble", lambda: trouble)
+    monkeypatch.setattr(setup, "kernel_trouble", lambda: compiled.append("start") or trouble)
     monkeypatch.setattr(setup, "keep_compiled", compiled.append)
     monkeypatch.setattr(setup, "compile_layers", lambda model, convolutions: compiled.append(model))
     before = use_kernels(True)
@@ -71,7 +71,8 @@ def test_kernels_and_compiled_layers_where_they_can_run(monkeypatch, tmp_path, t
     finally:
         use_kernels(before)
     assert enabled == (kernels and trouble is None)
-    assert compiled == ([] if trouble else [tmp_path, "model"])
+    # Where it is kept comes first: a home that cannot be written to keeps Triton from starting.
+    assert compiled == [tmp_path, "start", *([] if trouble else ["model"])]
     assert len(notes) == (trouble is not None) and all(trouble in note for note in notes)
 
 
