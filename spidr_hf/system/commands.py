@@ -5,9 +5,11 @@ import errno
 import importlib.util
 import logging
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,7 +24,12 @@ from .messages import end_bars, log_above_bars, one_line
 from .processes import contact_lost, die_with_launcher, kill_workers
 from .shared_memory import worker_lost
 
+DEVICE_IS_FULL = (
+    "the device's memory is full: lower data.max_batch_length, and raise optimizer.gradient_accumulation_steps by as "
+    "much."
+)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FIRST_SPEAKS_SECONDS = 5.0
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -67,12 +74,11 @@ def clear_errors(extra: str = "eval", *, needs: Sequence[str] = ()) -> Iterator[
     except ModuleNotFoundError as error:
         end(f"error: {error}. The extra {extra} brings what this command needs: pip install 'spidr_hf[{extra}]'.")
     except (ValueError, OSError, RunFolderError, SafetensorError) as error:  # a full disk is safetensors' own error
-        # Of several processes that stumble over the same thing one speaks.
-        if int(os.environ.get("RANK", "0")):
-            sys.exit(1)
-        end(f"error: {describe(error)}")
+        end_one_of_several(f"error: {describe(error)}")
     except torch.OutOfMemoryError:
-        end("error: the device's memory is full: lower --batch-seconds (or --batch-size), and start again.")
+        end_one_of_several(
+            "error: the device's memory is full: lower --batch-seconds (or --batch-size), and start again."
+        )
     except RuntimeError as error:
         if (message := contact_lost(error) or worker_lost(error)) is None:
             raise
@@ -138,6 +144,20 @@ def end(message: str) -> NoReturn:
     sys.exit(message)
 
 
+def end_one_of_several(message: str) -> NoReturn:
+    """`end`, where the other processes of a launch may have stumbled over the same thing: then only the first speaks.
+
+    The launcher ends the others when it ends. One that is still there a moment later has stumbled without it.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing left to save
+        time.sleep(_FIRST_SPEAKS_SECONDS)
+        message = f"{message} (process {rank})"
+    end(message)
+
+
 def describe(error: Exception) -> str:
     """An error as one line; of a full disk, with what to do."""
     if isinstance(error, OSError) and error.errno in _FULL:
@@ -162,10 +182,9 @@ def training_command() -> Iterator[None]:
         with _workers_end_first():
             yield
     except (AudioError, BatchingError, ConfigError, ManifestError, RunFolderError, OSError) as error:
-        # One line from one process; the launcher takes the others down.
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(1)
-        end(f"error: {describe(error)}")
+        end_one_of_several(f"error: {describe(error)}")
+    except torch.OutOfMemoryError as error:
+        end_one_of_several(f"error: {DEVICE_IS_FULL} ({one_line(error, 300)})")
     except RuntimeError as error:
         if (message := contact_lost(error) or worker_lost(error)) is None:
             raise
@@ -175,10 +194,12 @@ def training_command() -> Iterator[None]:
 
 
 __all__ = [
+    "DEVICE_IS_FULL",
     "HelpFormatter",
     "clear_errors",
     "describe",
     "end",
+    "end_one_of_several",
     "folder_path",
     "output_path",
     "picture_path",

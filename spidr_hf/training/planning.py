@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..system.commands import DEVICE_IS_FULL
 from ..system.errors import RunFolderError
 
 # Topics of their own: what the user should know, and what would make the run fail.
@@ -47,10 +48,7 @@ class Plan:
         except (ValueError, OSError, RunFolderError) as error:
             self.problems.append(" ".join(str(error).split()))
         except torch.OutOfMemoryError:
-            self.problems.append(
-                "the device's memory is full: lower data.max_batch_length, and raise "
-                "optimizer.gradient_accumulation_steps by as much."
-            )
+            self.problems.append(DEVICE_IS_FULL)
 
     def __str__(self) -> str:
         shown, text = "", []

@@ -1,6 +1,8 @@
 """How commands end."""
 
 import errno
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tqdm import tqdm
 
 from spidr_hf.data.open import open_data
 from spidr_hf.pretraining.config import load_config
-from spidr_hf.system.commands import clear_errors, end, user_path
+from spidr_hf.system.commands import clear_errors, end, training_command, user_path
 from spidr_hf.system.messages import log_above_bars
 from spidr_hf.system.processes import device_of
 
@@ -59,6 +61,27 @@ def test_a_full_disk(number):
     with pytest.raises(SystemExit) as stop, clear_errors():
         raise OSError(number, "No more", "/data/file")
     assert stop.value.code.startswith("error: the disk is full: /data/file cannot be written (No more). Make room")
+
+
+@pytest.mark.parametrize("command", [clear_errors, training_command])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("error", [OSError(5, "broken"), torch.OutOfMemoryError("CUDA out of memory.\nTried to ...")])
+def test_an_error_of_any_process_is_heard_once(monkeypatch, command, rank, error):
+    """The first process speaks at once. Another waits for the launcher to end it, and speaks where that does not."""
+    pauses, handler = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("spidr_hf.system.commands.time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr("spidr_hf.system.commands.die_with_launcher", lambda: None)
+    monkeypatch.setenv("RANK", str(rank))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a run that saves before it stops
+    try:
+        with pytest.raises(SystemExit) as stop, command():
+            raise error
+        assert signal.getsignal(signal.SIGTERM) == (signal.SIG_DFL if rank else signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code
+    assert ("broken" if isinstance(error, OSError) else "memory is full: lower") in stop.value.code
+    assert stop.value.code.endswith("(process 3)") == bool(rank) == bool(pauses)
 
 
 def test_warnings_are_lines_above_the_bars(monkeypatch, capsys):
