@@ -60,6 +60,7 @@ from spidr_hf.system.files import replaced_file, write_text
 from spidr_hf.system.processes import device_of
 from spidr_hf.units.extractor import Extractor, feature_outputs
 
+from .benchmarks.parity import whole_float32
 from .benchmarks.peers import PEERS, Peer, difference, installed_peers, make_peer, spidr_span_masks
 from .benchmarks.timing import (
     Timing,
@@ -231,7 +232,8 @@ class Benchmark:
         """Both losses on the same batch without dropout, before either has trained."""
         if "loss" in self.differences:
             return
-        ours, theirs = (float(self.loss_of(side, x, masked)()) for side in (OURS, "spidr"))
+        with whole_float32():
+            ours, theirs = (float(self.loss_of(side, x, masked)()) for side in (OURS, "spidr"))
         self.differences["loss"] = abs(ours - theirs)
         if abs(ours - theirs) > 1e-3:
             raise ValueError(f"The losses of the same batch differ: {ours:.5f} and {theirs:.5f} of spidr.")

@@ -9,7 +9,7 @@
 
 Parts: step (ms, share of the chip's peak, peak memory; with layers, layers and convolutions, or the whole forward
 compiled, own kernels on or off; and `spidr` as it trains, compiled and on what its collator makes, where it is
-installed: all interleaved, on the same audio), modules (forward and backward of extractor, positional convolutions, a
+installed: interleaved, on the same audio), modules (forward and backward of extractor, positional convolutions, a
 layer and the objective, each alone), kernels (each own kernel beside its plain form and that form compiled, errors
 included), profile (the GPU's busiest kernels in one step), compile (seconds until the first compiled step is done, and
 how many graphs it and other lengths take; a second start shows the cache). At the end `best` says which form of the
@@ -103,6 +103,7 @@ class StepBenchmark:
         self.args, self.device = args, device_of(args.device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA GPU here (leave --device out for the CPU).")
+        self.machine = describe_machine(self.device)
         self.config = SpidrConfig(**(TINY if args.size == "tiny" else {}))
         self.compiles = self.device.type == "cuda" or args.compile
         self.rows: list[dict] = []
@@ -137,6 +138,12 @@ class StepBenchmark:
         self.rows.append({"part": part, "name": name, **facts})
         print(f"{part:8} {name:50} " + "  ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
 
+    def write(self) -> None:
+        """The rows so far, so that those of a command that is cut off are there."""
+        if self.args.json:
+            content = {"command": sys.argv, "machine": self.machine, "rows": self.rows}
+            write_text(self.args.json, json.dumps(content, indent=1, default=str) + "\n")
+
     def add_times(self, part: str, name: str, timings: dict[str, Timing]) -> None:
         """A row for each form, with how many times faster than the plain one it is."""
         for form, timing in timings.items():
@@ -146,28 +153,48 @@ class StepBenchmark:
     # ---- the whole step
 
     def step(self) -> None:
-        steps: dict[str, OurStep | SpidrStep] = {}
-        for form in forms(self.compiles, self.kernels_there()):
-            steps[str(form)] = OurStep(self.new_model(), self.batches, form)
+        """In groups, each beside the default form; what compiles for minutes comes when the others are written."""
+        ours = forms(self.compiles, self.kernels_there())
+        quick = [form for form in ours if form.compiled in ("", DEFAULT.compiled)]
+        self.time_steps({str(form): partial(self.our_step, form) for form in quick})
         if "spidr" in installed_peers() and not self.args.frozen:
+            self.step_of_spidr()
+        if slow := [form for form in ours if form not in quick]:
+            self.time_steps({str(form): partial(self.our_step, form) for form in slow})
+
+    def step_of_spidr(self) -> None:
+        try:
             from spidr.environment import setup_pytorch
 
-            from spidr_hf.conversion.spidr_format import to_spidr
-
             setup_pytorch(use_deterministic=False)  # for all that is timed from here on
-            for compiled in (False, True) if self.compiles else (False,):
-                model = self.new_model().eval()
-                peer = make_peer("spidr", model, to_spidr)
-                peer.model.to(self.device)
-                row = self.batches[0].input_values[:1].to(self.device)
-                print(f"outputs differ by {difference(peer, model, row):.2g} standard deviations")
-                name = f"spidr {'compiled' if compiled else 'eager'}"
-                steps[name] = SpidrStep(peer.model, self.batches, self.device, compiled)
+            names = {"spidr eager": False} | ({"spidr compiled": True} if self.compiles else {})
+            self.time_steps({name: partial(self.spidr_step, compiled) for name, compiled in names.items()})
+        except ImportError as error:
+            print(f"spidr is left out, something that it needs is not installed: {error}", file=sys.stderr)
+
+    def our_step(self, form: Form) -> OurStep:
+        return OurStep(self.new_model(), self.batches, form)
+
+    def spidr_step(self, compiled: bool) -> SpidrStep:
+        from spidr_hf.conversion.spidr_format import to_spidr
+
+        model = self.new_model().eval()
+        peer = make_peer("spidr", model, to_spidr)
+        peer.model.to(self.device)
+        row = self.batches[0].input_values[:1].to(self.device)
+        print(f"outputs differ by {difference(peer, model, row):.2g} standard deviations")
+        return SpidrStep(peer.model, self.batches, self.device, compiled)
+
+    def time_steps(self, made: dict[str, Callable[[], OurStep | SpidrStep]]) -> None:
+        """Time what is `made`, beside the default form, and add rows of it."""
+        default = str(self.default_form())
+        steps = {name: make() for name, make in made.items()}
+        beside = {} if default in steps else {default: self.our_step(self.default_form())}
         count = self.args.steps
-        runs = {name: in_a_row(step, count) for name, step in steps.items()}
+        runs = {name: in_a_row(step, count) for name, step in (beside | steps).items()}
         timings = interleave(runs, self.args.rounds, self.device)
         flops = training_flops(self.config, self.args.batch, self.samples, MASKED, self.args.frozen)
-        peak, ours = peak_flops(self.device, torch.bfloat16), timings[str(self.default_form())]
+        peak, ours = peak_flops(self.device, torch.bfloat16), timings[default]
         for name, step in steps.items():
             ms = timings[name].wall_ms / count
             memory = peak_memory(step, self.device) + state_bytes(step.model, step.optimizer)
@@ -182,6 +209,7 @@ class StepBenchmark:
             )
             if isinstance(step, OurStep):
                 self.times.setdefault("step", {})[name] = ms
+        self.write()
 
     # ---- modules
 
@@ -441,15 +469,13 @@ def main() -> None:
                 write_text(args.json, json.dumps(content, indent=1) + "\n")
             return
         benchmark = StepBenchmark(args)
-        machine = describe_machine(benchmark.device)
-        print("  ".join(f"{key} {value}" for key, value in machine.items()))
+        print("  ".join(f"{key} {value}" for key, value in benchmark.machine.items()))
         for part in PARTS:  # `compile` comes last: it forgets what has been compiled
             if part in args.parts:
                 getattr(benchmark, part)()
+                benchmark.write()
         benchmark.best()
-        if args.json:
-            content = {"command": sys.argv, "machine": machine, "rows": benchmark.rows}
-            write_text(args.json, json.dumps(content, indent=1, default=str) + "\n")
+        benchmark.write()
 
 
 if __name__ == "__main__":

@@ -90,10 +90,10 @@ def main() -> None:
                     for form, column in table.items()
                     for name, difference in column.items()
                 ]
+                if args.json:  # now, so that what was compared is there where the command is cut off
+                    content = {"command": sys.argv, "machine": machine, "rows": rows}
+                    write_text(args.json, json.dumps(content, indent=1, default=str) + "\n")
         failed = [row for row in rows if not row["passed"]]
-        if args.json:
-            content = {"command": sys.argv, "machine": machine, "rows": rows}
-            write_text(args.json, json.dumps(content, indent=1, default=str) + "\n")
         print(f"\n{'FAIL' if failed else 'PASS'}: {len(rows) - len(failed)} of {len(rows)} within tolerance")
         if failed:
             sys.exit(1)

@@ -1008,5 +1008,6 @@ __all__ = [
     "plain_grouped_conv1d",
     "plain_norm_gelu",
     "residual_norm",
+    "true_float32",
     "use_kernels",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spidr_hf.kernels_spidr import true_float32
 from spidr_hf.modeling_spidr import SpidrForPretraining
 from spidr_hf.pretraining.setup import make_optimizer
 from spidr_hf.training.optimizing import scale_and_clip
@@ -82,15 +83,18 @@ def noise_bound(name: str) -> float:
 
 @contextmanager
 def whole_float32() -> Iterator[None]:
-    """float32 products in full: TF32 off, in convolutions too."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+    """float32 products in full: TF32 off, in convolutions too, however the process was told to use it."""
+    # The older setting refuses to answer a process that has used the newer ones.
+    settings, name = torch.backends.cudnn, "allow_tf32"
+    if hasattr(torch.backends.cudnn, "conv"):
+        settings, name = torch.backends.cudnn.conv, "fp32_precision"
+    before = getattr(settings, name)
+    with true_float32():
+        setattr(settings, name, False if name == "allow_tf32" else "ieee")
+        try:
+            yield
+        finally:
+            setattr(settings, name, before)
 
 
 def precision(device: torch.device, dtype: str) -> torch.autocast:

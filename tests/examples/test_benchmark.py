@@ -135,6 +135,33 @@ def test_peers_have_our_weights(name):
             difference(peer, model, torch.randn(2, 2000))
 
 
+@pytest.mark.parametrize(
+    "choose", ["torch.backends.fp32_precision = 'tf32'", "torch.set_float32_matmul_precision('high')"]
+)
+def test_models_are_compared_without_tf32(monkeypatch, choose):
+    """A GPU's convolutions have it by default, and would be taken for a disagreement."""
+    model, settings = tiny_model(conv_pos_kernel_size=15, conv_pos_depth=5), []
+    peer = make_peer("data2vec", model)
+    features = peer.features
+
+    def watched(*inputs):
+        settings.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+        return features(*inputs)
+
+    peer.features = watched
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    exec(choose)
+    try:
+        before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        difference(peer, model, torch.randn(2, 2000))
+        after = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+    assert before == after == ("tf32", "tf32") and settings == [("ieee", "ieee")]
+
+
 def test_a_training_step_is_counted_as_published():
     """55.7 GFLOP per second of audio at 12 s and 55 % masked frames, the small operations included."""
     flops = training_flops(SpidrConfig(), 1, 12 * 16_000, 0.55) / 12

@@ -1,6 +1,7 @@
 """examples/benchmark_cuda.py runs anywhere, in small."""
 
 import json
+import sys
 from functools import partial
 
 import pytest
@@ -34,6 +35,21 @@ def rows_of(path, *options) -> list[dict]:
 def test_every_part_reports(tmp_path):
     rows = rows_of(tmp_path / "rows.json")
     assert {row["part"] for row in rows} == {"step", "modules", "kernels", "profile"}
+
+
+def test_what_was_timed_before_it_broke_off_is_written(monkeypatch, tmp_path):
+    """And a peer that cannot be imported keeps nothing else from being timed."""
+
+    def gone(self):
+        raise ValueError("the machine is taken back")
+
+    monkeypatch.setattr("spidr_hf.examples.benchmark_cuda.StepBenchmark.kernels", gone)
+    monkeypatch.setattr("spidr_hf.examples.benchmark_cuda.installed_peers", lambda: ["spidr"])
+    monkeypatch.setitem(sys.modules, "spidr.environment", None)
+    done = run_command("benchmark_cuda", *SMALL, "--parts", "step", "kernels", "--json", tmp_path / "rows.json")
+    assert "the machine is taken back" in done.err and "spidr is left out" in done.err
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["part"] == "step" and row["ms"] > 0
 
 
 @pytest.mark.slow
