@@ -11,7 +11,7 @@ from pathlib import Path
 
 # Set before torch and transformers are imported, here and in the processes that tests start.
 _HOME = tempfile.mkdtemp(prefix="spidr_hf-tests-")
-if not Path("/proc/driver/nvidia/version").exists():
+if not any(Path(name).exists() for name in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/kfd")):
     os.environ["TRITON_INTERPRET"] = "1"  # without a GPU, Triton's kernels run in its interpreter
 os.environ |= {
     "HF_HOME": _HOME,

@@ -16,9 +16,11 @@ def run_kernels_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "kernels_run", kernels_run)
 
 
-def need_interpreter() -> None:
-    """Skips where kernels can run neither on a GPU nor in the interpreter."""
+def need_interpreter(on_cpu: bool = False) -> None:
+    """Skips where kernels can run neither on a GPU nor in the interpreter; `on_cpu`: where they cannot on a CPU."""
     triton = pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
+    if on_cpu and torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+        pytest.skip("where there is a GPU, kernels run there")
     if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
         pytest.skip("without a GPU the kernels need TRITON_INTERPRET=1 before Triton is imported")
 

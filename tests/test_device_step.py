@@ -286,12 +286,14 @@ def test_the_forward_is_one_graph_for_all_lengths(monkeypatch, objective, kernel
         need_interpreter()
         run_kernels_anywhere(monkeypatch)
     torch._dynamo.reset()
-    model = tiny_model(objective=objective, **DROPOUT).train()
+    device = "cuda" if kernels and torch.cuda.is_available() else "cpu"
+    model = tiny_model(objective=objective, **DROPOUT).to(device).train()
     backend = CompileCounter()
     compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
     shapes = SHAPES[:3] if kernels else SHAPES  # the interpreter is slow
     for number, (batch, samples) in enumerate(shapes, start=1):
-        output = compiled(torch.randn(batch, samples), mask_time_indices=frame_indices(model, batch, samples))
+        masked = frame_indices(model, batch, samples).to(device)
+        output = compiled(torch.randn(batch, samples, device=device), mask_time_indices=masked)
         output.loss.backward()
         model.update_teacher(number)
     assert backend.frame_count <= 2

@@ -380,9 +380,10 @@ def run_model(seed: int = 0, conv_bias: bool = True, **changes):
 
 
 @pytest.mark.parametrize("kernel", [95, pytest.param(80, marks=pytest.mark.slow)])
-def test_the_model_is_the_same_with_and_without(monkeypatch, request, kernel):
+def test_the_model_is_the_same_with_and_without(kernels, kernel):
+    use_kernels(False)
     plain = run_model(conv_pos_kernel_size=kernel)
-    request.getfixturevalue("kernels")
+    use_kernels(True)
     for ours, theirs in zip(run_model(conv_pos_kernel_size=kernel), plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

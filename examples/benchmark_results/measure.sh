@@ -12,13 +12,20 @@ cd "$(dirname "$0")/../.." || exit
 chip=${1:?the name of the chip, h100 say}
 shift
 results=${RESULTS:-examples/benchmark_results}/$chip
-parts=("$@")
+chosen=("$@")
+names=(parity step profile tests parity-compiled modules frozen lengths compile-cold compile-warm inference)
+for name in "${chosen[@]}"; do
+  if [[ " ${names[*]} " != *" $name "* ]]; then
+    echo "error: $name is none of ${names[*]}" >&2
+    exit 2
+  fi
+done
 failed=()
 
 part() { # NAME COMMAND...
   local name=$1
   shift
-  if [ ${#parts[@]} -gt 0 ] && [[ " ${parts[*]} " != *" $name "* ]]; then return; fi
+  if [ ${#chosen[@]} -gt 0 ] && [[ " ${chosen[*]} " != *" $name "* ]]; then return; fi
   if [ -n "${DRY:-}" ]; then
     echo "$name: $*"
     return

@@ -48,7 +48,7 @@ def test_all_folders_compiled(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_own_kernels_in_the_interpreter(monkeypatch, tmp_path, dtype):
-    need_interpreter()
+    need_interpreter(on_cpu=True)
     run_kernels_anywhere(monkeypatch)
     check(PARITY / "spidr-tiny", "--forms", "plain", "kernels", "--dtypes", dtype, "--device", "cpu", tmp_path)
 

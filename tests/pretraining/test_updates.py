@@ -1,6 +1,7 @@
 """Updates decided on the device and reported a step later equal updates decided by Python at once."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -81,19 +82,32 @@ def run(late: bool, poisoned: set[int], *, max_nonfinite: int = 10, steps: int =
     return result
 
 
+def same(one: torch.Tensor, other: torch.Tensor) -> None:
+    """To the last bit on a CPU; a GPU adds gradients in any order."""
+    tolerance = {"rtol": 1e-3, "atol": 1e-5} if DEVICE.type == "cuda" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(one, other, equal_nan=True, **tolerance)
+
+
 @pytest.mark.parametrize("poisoned", [set(), {1}, {3, 4}, {6}])
 def test_the_same_updates_are_made_and_reported(poisoned):
     now, late = (run(late, poisoned, ema_exclude_layers=["pos_conv_embed"]) for late in (False, True))
     assert now.state == late.state and now.state.skipped_steps == len(poisoned)
-    assert now.report.rows == late.report.rows and now.report.lines == late.report.lines
+    told = [[re.sub(r"loss [\d.]+", "loss", line) for line in run.report.lines] for run in (now, late)]
+    assert told[0] == told[1]
+    for one, other in zip(now.report.rows, late.report.rows, strict=True):
+        assert (*one[:2], *one[3:]) == (*other[:2], *other[3:]) and (one[2] is None) == (other[2] is None)
+        for name, value in (one[2] or {}).items():
+            same(torch.tensor(value), torch.tensor(other[2][name]))
     assert [row[0] for row in late.report.rows] == [1, 2, 3, 4, 5, 6]
     assert [row[-1] for row in late.report.rows] == [2, 4, 6, 8, 10, 12]  # each with its own batches
     assert {row[0] for row in late.report.rows if row[2] is None} == poisoned
     theirs = late.model.state_dict()
     for name, tensor in now.model.state_dict().items():
-        assert tensor.isfinite().all() and torch.equal(tensor, theirs[name]), name
+        assert tensor.isfinite().all(), name
+        same(tensor, theirs[name])
     for one, other in zip(now.optimizer.state.values(), late.optimizer.state.values(), strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        for name in one:
+            same(one[name], other[name])
         assert int(one["step"]) <= 6 - len(poisoned)
 
 
