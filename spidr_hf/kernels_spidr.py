@@ -217,9 +217,14 @@ _ROWS_AT_A_TIME = 64  # of the forward kernel, which reads the taps once for the
 def fuses_first_convolution(x: Tensor, weight: Tensor) -> bool:
     """Whether `conv_norm_gelu` can run: weights C x 1 x k, products in 16 bits, no gradient of the samples wanted."""
     channels, inputs, kernel = weight.shape
+    fits = inputs == 1 and fits_first_convolution(channels, kernel, _product_dtype(x))
+    return fits and kernels_run(x) and not x.requires_grad
+
+
+def fits_first_convolution(channels: int, kernel: int, dtype: torch.dtype) -> bool:
+    """Whether `conv_norm_gelu` is made for this size, products of this type, and GPUs of this maker."""
     # Blocks of float32 fit the shared memory of the largest GPUs only.
-    fits = inputs == 1 and kernel <= _MAX_TAPS and channels <= 512 and _product_dtype(x).itemsize == 2
-    return fits and kernels_run(x) and not torch.version.hip and not x.requires_grad
+    return kernel <= _MAX_TAPS and channels <= 512 and dtype.itemsize == 2 and not torch.version.hip
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -996,6 +1001,7 @@ __all__ = [
     "conv_norm_gelu",
     "copied",
     "draw_seeds",
+    "fits_first_convolution",
     "fuses_first_convolution",
     "gather_rows",
     "grouped_conv1d",

@@ -8,6 +8,10 @@
 # as it is measured. RESULTS is another folder for the files than this one, PYTHON another interpreter, DRY=1 prints the
 # commands. For the comparison with `spidr`: pip install spidr, before.
 set -u
+if [ -n "${RESULTS:-}" ]; then
+  RESULTS=$(realpath -m "$RESULTS")
+  mkdir -p "$RESULTS" || exit
+fi
 cd "$(dirname "$0")/../.." || exit
 chip=${1:?the name of the chip, h100 say}
 shift

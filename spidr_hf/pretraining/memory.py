@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from ..configuration_spidr import SpidrConfig, frame_lengths
 from ..cpu_spidr import products_attend_faster
-from ..kernels_spidr import kernels_run
+from ..kernels_spidr import fits_first_convolution, kernels_run
 from ..modeling_spidr import SpidrForPretraining
 from ..objectives_spidr import get_objective
 from ..training.checkpoints import Checkpoint
@@ -309,7 +309,10 @@ def _extractor(
     kept, workspace, steps = samples * e, 0.0, 1
     last = config.num_feat_extract_layers - 1
     # The first convolution, its norm and GELU are one kernel, which keeps the samples.
-    one_kernel = kernels and e == 2 and config.feat_extract_norm == "layer" and not config.conv_bias
+    one_kernel = kernels and config.feat_extract_norm == "layer" and config.feat_extract_activation == "gelu"
+    one_kernel = one_kernel and not config.conv_bias
+    products = torch.bfloat16 if e == 2 else torch.float32
+    one_kernel = one_kernel and fits_first_convolution(config.conv_dim[0], config.conv_kernel[0], products)
     for index, (channels, conv_stride) in enumerate(zip(config.conv_dim, config.conv_stride, strict=True)):
         steps *= conv_stride
         rows = samples / steps

@@ -144,6 +144,21 @@ def test_the_peak_of_a_step(changes, dtype, options):
     assert expected.allowance == 0 and expected.total == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "taken", [{"conv_dim": [1024] * 7}, {"conv_bias": True}, {"feat_extract_activation": "relu"}, "AMD"]
+)
+def test_the_first_convolution_is_one_kernel_only_where_it_runs(monkeypatch, taken):
+    """Else its output, and the norm's, are the largest activations that there are."""
+    sizes, changes = SIZES | {"conv_bias": False}, {} if taken == "AMD" else taken
+    fused = training_memory(SpidrConfig(**sizes)).extractor
+    if taken == "AMD":
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+    config = SpidrConfig(**sizes | changes)
+    outputs = config.conv_dim[0] * 3_800_000 // 5 * 2  # bytes
+    grown = fused * config.conv_dim[0] // SIZES["conv_dim"][0]
+    assert training_memory(config).extractor > grown + 0.5 * outputs
+
+
 def test_activations_grow_with_the_batch_and_nothing_else_does():
     """So a batch that fits a smaller GPU can be computed."""
     one, two = (training_memory(SpidrConfig(), batch_samples=n * 240_000, utterance_samples=240_000) for n in (1, 2))
