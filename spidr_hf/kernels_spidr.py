@@ -44,8 +44,11 @@ def use_kernels(enabled: bool) -> bool:
 
 
 def kernels_wanted(x: Tensor) -> bool:
-    """Whether own kernels are on and there are some for numbers of the type of `x`."""
-    return _enabled and x.dtype in _DTYPES
+    """Whether own kernels are on, there are some for numbers of the type of `x`, and what runs now stays here: an
+    exported or traced program has PyTorch's operators alone."""
+    # The compiler may take `is_exporting` for true wherever it looks.
+    exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return _enabled and x.dtype in _DTYPES and not exported and not torch.jit.is_tracing()
 
 
 def kernels_run(x: Tensor) -> bool:

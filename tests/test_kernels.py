@@ -7,9 +7,10 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from interpreted import need_interpreter, run_kernels_anywhere
 from tiny import random_mask, tiny_config
 
-from spidr_hf import SpidrForPretraining, codebooks_spidr, kernels_spidr, layers_spidr
+from spidr_hf import SpidrForPretraining, SpidrModel, codebooks_spidr, kernels_spidr, layers_spidr
 from spidr_hf.codebooks_spidr import instance_norm_rows
 from spidr_hf.kernels_spidr import (
+    NAMESPACE,
     bias_gelu,
     cast_together,
     codeword_statistics,
@@ -386,6 +387,25 @@ def test_the_model_is_the_same_with_and_without(kernels, kernel):
     use_kernels(True)
     for ours, theirs in zip(run_model(conv_pos_kernel_size=kernel), plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_is_exported_on_a_gpu_runs_anywhere(kernels):
+    """An exported or traced program holds no operator of ours; a compiled one does."""
+    model, waveforms, graphs = SpidrModel(tiny_config()).to(DEVICE).eval(), tensor(1, 2000), []
+    model.requires_grad_(False)
+
+    def backend(graph, _):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    with torch.no_grad():
+        exported = str(torch.export.export(model, (waveforms,)).graph)
+        traced = str(torch.jit.trace(lambda x: model(x).last_hidden_state, waveforms, check_trace=False).inlined_graph)
+        torch._dynamo.reset()
+        torch.compile(model, backend=backend)(waveforms)
+    assert NAMESPACE not in exported and NAMESPACE not in traced
+    assert f"{NAMESPACE}.norm_gelu" in "".join(graphs)
 
 
 def test_a_sharded_model_drops_and_computes_the_same(kernels, tmp_path):
