@@ -17,7 +17,7 @@ chip=${1:?the name of the chip, h100 say}
 shift
 results=${RESULTS:-examples/benchmark_results}/$chip
 chosen=("$@")
-names=(parity step profile tests parity-compiled modules frozen lengths compile-cold compile-warm inference)
+names=(parity step profile tests parity-all modules frozen lengths compile-cold compile-warm inference)
 for name in "${chosen[@]}"; do
   if [[ " ${names[*]} " != *" $name "* ]]; then
     echo "error: $name is none of ${names[*]}" >&2
@@ -48,12 +48,12 @@ run() { # NAME COMMAND-OF-EXAMPLES OPTIONS...
   part "$name" "${PYTHON:-python}" "examples/$command.py" "$@" --json "$results-$name.json"
 }
 
-run parity check_parity --forms plain kernels
+run parity check_parity tests/fixtures/parity/spidr-tiny --forms plain kernels
 run step benchmark_cuda --parts step
 run profile benchmark_cuda --parts profile
 part tests "${PYTHON:-python}" -m pytest tests/test_kernels.py tests/test_device_step.py tests/pretraining/test_updates.py \
   -m "slow or not slow"
-run parity-compiled check_parity --forms compiled both
+run parity-all check_parity
 run modules benchmark_cuda --parts modules kernels
 run frozen benchmark_cuda --frozen --parts step
 run lengths benchmark_cuda --parts step --new-lengths

@@ -55,7 +55,9 @@ def arguments(tmp_path_factory) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize(("rank", "error"), [(1, "RuntimeError('broken')"), (0, "OSError(5, 'broken')")])
+@pytest.mark.parametrize(
+    ("rank", "error"), [(1, "RuntimeError('broken')"), (0, "OSError(5, 'broken')"), (1, "OSError(5, 'broken')")]
+)
 @pytest.mark.parametrize(
     ("command", "module"),
     [("pretrain", "spidr_hf.pretraining.setup"), ("finetune_ctc", "spidr_hf.finetuning.loop")],
