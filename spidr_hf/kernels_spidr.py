@@ -31,6 +31,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Programs of the kernels that sum over rows: enough for any GPU, and the same on all, so that sums are too.
 PROGRAMS = 528
 MAX_CHANNELS = 8192  # a row is one block
+MAX_GROUP = 64  # channels: for wider groups many GPUs have too little shared memory
 
 _enabled = os.environ.get("SPIDR_HF_KERNELS", "1") != "0"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -245,9 +246,9 @@ def conv_norm_gelu(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, strid
 
 
 def splits_products(device: torch.device) -> bool:
-    """Whether Triton divides a product among warps although another follows that uses it: only from Hopper on. Before,
-    each warp gets all of it, for which registers are too few by far."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether Triton divides a product among warps although another follows that uses it: on Hopper and on Blackwell's
+    large chips (12 is the small ones). Elsewhere each warp gets all of it, for which registers are too few by far."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _conv_block(channels: int) -> dict[str, int]:
@@ -680,7 +681,7 @@ def grouped_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) 
     Frame t sees the frames t - k//2 ... t - k//2 + k - 1, zeros beyond the ends. The result has the autocast dtype
     where autocast is on.
     """
-    if kernels_run(x) and weight.shape[0] == x.shape[-1] and weight.shape[1] <= 128:
+    if kernels_run(x) and weight.shape[0] == x.shape[-1] and weight.shape[1] <= MAX_GROUP:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return _grouped_conv(x, weight, bias, groups)
@@ -998,6 +999,7 @@ def _precision(x: Tensor) -> str:
 
 __all__ = [
     "MAX_CHANNELS",
+    "MAX_GROUP",
     "bias_gelu",
     "cast_together",
     "codeword_statistics",
@@ -1017,6 +1019,7 @@ __all__ = [
     "plain_grouped_conv1d",
     "plain_norm_gelu",
     "residual_norm",
+    "splits_products",
     "true_float32",
     "use_kernels",
 ]

@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from accelerate.utils import FullyShardedDataParallelPlugin
 from interpreted import need_interpreter, run_kernels_anywhere
 from tiny import random_mask, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spidr_hf import SpidrForPretraining, SpidrModel, codebooks_spidr, kernels_spidr, layers_spidr
 from spidr_hf.codebooks_spidr import instance_norm_rows
 from spidr_hf.kernels_spidr import (
+    MAX_GROUP,
     NAMESPACE,
     bias_gelu,
     cast_together,
@@ -26,6 +28,7 @@ from spidr_hf.kernels_spidr import (
     plain_grouped_conv1d,
     plain_norm_gelu,
     residual_norm,
+    splits_products,
     use_kernels,
 )
 from spidr_hf.training.sharding import shard
@@ -274,6 +277,26 @@ def test_grouped_convolution_of_views_without_bias_and_with_a_fixed_input(kernel
     (ours,) = torch.autograd.grad(grouped_conv1d(x, weight, None, 2).sum(), x)
     (plain,) = torch.autograd.grad(plain_grouped_conv1d(x, weight, None, 2).sum(), x)
     torch.testing.assert_close(ours, plain, **TOLERANCE[torch.float32])
+
+
+def test_groups_too_wide_for_the_kernel_are_convolved_plainly(kernels):
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    for width, own in ((MAX_GROUP, True), (MAX_GROUP + 1, False)):
+        called = []
+        with Called():
+            grouped_conv1d(tensor(1, 3, 2 * width), tensor(2 * width, width, 3), None, 2)
+        assert (NAMESPACE in called) == own
+
+
+@pytest.mark.parametrize(("capability", "splits"), [((8, 0), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)])
+def test_products_are_split_on_large_chips_from_hopper_on(monkeypatch, capability, splits):
+    """What the compiler does was looked at: without it an RTX 5090's registers would spill 14 KB a thread."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert splits_products(torch.device("cuda")) == splits
 
 
 def test_many_frames_are_summed_in_parts(kernels):

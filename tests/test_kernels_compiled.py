@@ -12,8 +12,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton"),
 ]
-# NVIDIA's A100 and H100; AMD's MI250X and MI300X, each with the shared memory that a program may have.
-TARGETS = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "hip:gfx90a": 64 * 1024, "hip:gfx942": 64 * 1024}
+# NVIDIA's A100, H100 and RTX 5090; AMD's MI250X and MI300X, each with the shared memory that a program may have.
+TARGETS = {"cuda:80": 163, "cuda:90": 227, "cuda:120": 99, "hip:gfx90a": 64, "hip:gfx942": 64}  # KiB
 
 SCRIPT = """
 import json, re, subprocess, sys, tempfile
@@ -96,7 +96,7 @@ if backend == "cuda":
     numbers = ["samples", "rows", "rows_per_program"]
     check("conv_norm_gelu_forward", {**inputs, "out": "bf16"}, numbers, shape, num_warps=8)
     grads = {"grad_taps": "fp32", "grad_gain": "fp32", "grad_shift": "fp32"}
-    split = int(chip) >= 90
+    split = int(chip) // 10 in (9, 10)
     shape["by_hand"], options = not split, {"num_warps": 16, "num_stages": 3 if split else 2}
     check("conv_norm_gelu_backward", {"grad": "bf16", **inputs, **grads}, numbers, shape, **options)
 dtype = "fp32"
@@ -120,9 +120,9 @@ def test_every_kernel_compiles_without_spilling(tmp_path, target):
     results = json.loads(done.stdout.splitlines()[-1])
     assert len(results) == (24 if target.startswith("cuda") else 22)
     for name, result in results.items():
-        # Eighteen registers of five hundred threads, once per sixteen rows: cheaper than half the threads.
-        few = 72 if (target, name) == ("cuda:80", "conv_norm_gelu_backward bf16") else 0
-        assert result["stack"] <= few and result["shared"] <= TARGETS[target], (name, result)
+        # Some registers of five hundred threads, once per sixteen rows: cheaper than half the threads.
+        few = {"cuda:80": 72, "cuda:120": 104} if name == "conv_norm_gelu_backward bf16" else {}
+        assert result["stack"] <= few.get(target, 0) and result["shared"] <= 1024 * TARGETS[target], (name, result)
         # Labels come from true float32 products, which tensor cores do not have.
         products = ("grouped_conv bf16", "grouped_conv_weight bf16")
         products += ("conv_norm_gelu_forward bf16", "conv_norm_gelu_backward bf16")
