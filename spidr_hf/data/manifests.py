@@ -254,8 +254,8 @@ def open_manifest(
     data = Path(data)
     if not data.exists():
         raise ManifestError(
-            f"{data}: no such file or folder. Data is a manifest (.csv, .jsonl, .tsv), a folder of audio files, or a "
-            "tar."
+            f"{data}: no such file or folder. Data is a manifest (.csv, .jsonl, .parquet, .tsv), a folder of audio "
+            "files, a tar, or a data set (name:config:split)."
         )
     status = data.stat()
     change = "" if data.is_dir() else f"{status.st_size} {status.st_mtime_ns}"

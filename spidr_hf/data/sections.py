@@ -14,7 +14,8 @@ class DataSection:
 
     manifest: str | list[str] | None = option(
         None,
-        "manifest (.csv, .jsonl, .tsv), folder of audio files, uncompressed tar, or data set (name:config:split); "
+        "manifest (.csv, .jsonl, .parquet, .tsv), folder of audio files, uncompressed tar, or data set "
+        "(name:config:split); "
         'ours: several of these as a list, for example \'["a.csv", "b.csv"]\'',
         check=lambda value: len(value) > 0,
         allowed="a source, or a list of at least one",

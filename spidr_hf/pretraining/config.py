@@ -363,7 +363,8 @@ def _check_together(config: PretrainingConfig) -> None:
     for name, data in (("data", config.data), *((f"validation.{n}", d) for n, d in config.validation.items())):
         if data.manifest is None:
             raise ConfigError(
-                f"`{name}.manifest` is missing: a manifest (.csv, .jsonl, .tsv), a folder of audio files, or a tar."
+                f"`{name}.manifest` is missing: a manifest (.csv, .jsonl, .parquet, .tsv), a folder of audio files, a "
+                "tar, or a data set (name:config:split)."
             )
         _check_sources(name, data)
         if data.min_sample_size > data.max_sample_size:

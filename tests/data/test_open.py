@@ -8,8 +8,8 @@ from runs import assert_same_run, pretrain_here, rows, write_audio, write_config
 
 from spidr_hf.data import open as door
 from spidr_hf.data.sources import StreamedSource
-from spidr_hf.pretraining.config import load_config
-from spidr_hf.system.errors import AudioError, ConfigError
+from spidr_hf.pretraining.config import describe_fields, load_config, make_config
+from spidr_hf.system.errors import AudioError, ConfigError, ManifestError
 
 
 class ZipShards:
@@ -72,6 +72,18 @@ def test_what_no_kind_takes_is_refused(zips, tmp_path):
     config = write_config(tmp_path / "tiny.toml", tmp_path / "audio")
     with pytest.raises(ConfigError, match=r"`data\.streaming` takes one data set"):
         load_config(config, ["--data.streaming", "true"])
+
+
+def test_all_that_data_can_be_is_named():
+    """Where there is none, where none is given, and in the help."""
+    with pytest.raises(ManifestError) as absent:
+        door.open_data("nowhere")
+    with pytest.raises(ConfigError) as missing:
+        make_config({})
+    for text in (str(absent.value), str(missing.value), describe_fields()):
+        assert all(
+            kind in text for kind in (".csv", ".jsonl", ".parquet", ".tsv", "folder", "tar", "name:config:split")
+        )
 
 
 def test_a_stored_source_is_a_line_too(tmp_path, monkeypatch):
