@@ -9,6 +9,7 @@ methods.
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -447,10 +448,13 @@ def _suffixes(suffixes: Sequence[str] | None) -> tuple[str, ...]:
 def _split(rows: Iterable[tuple[str, int | AudioError]], name: str) -> tuple[dict[str, Any], list[Skipped]]:
     """Columns of what can be read, and what cannot."""
     columns: dict[str, Any] = {"path": [], "num_samples": []}
-    skipped = []
+    skipped, rows = [], list(rows)
+    fileids = Counter(os.path.splitext(path)[0] for path, _ in rows)
     for path, result in rows:
         if isinstance(result, AudioError):
-            skipped.append(Skipped(os.path.splitext(path)[0], str(result)))
+            fileid = os.path.splitext(path)[0]
+            # Of two files of one name but for the suffix, the other may be used.
+            skipped.append(Skipped(fileid if fileids[fileid] == 1 else path, str(result)))
         else:
             columns["path"].append(path)
             columns["num_samples"].append(result)

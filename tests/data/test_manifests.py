@@ -209,6 +209,19 @@ def test_bad_folders_and_tars_say_what_is_wrong(tmp_path):
         open_manifest(tmp_path / "other.tar")
 
 
+def test_what_is_left_out_has_a_name_of_its_own(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(4000), 16_000)
+    for name in ("a.mp3", "b.wav", "c.wav", "c.ogg"):
+        (tmp_path / name).write_text("no audio")
+    manifest = scan_folder(tmp_path, progress=False)
+    assert manifest.fileid(0) == "a" and [entry.fileid for entry in manifest.skipped] == [
+        "a.mp3",
+        "b",
+        "c.ogg",
+        "c.wav",
+    ]
+
+
 def test_scans_leave_out_what_cannot_be_used(audio):
     (audio / "bad.wav").write_text("no audio")
     soundfile.write(audio / "8k.wav", np.zeros(4000), 8_000)
