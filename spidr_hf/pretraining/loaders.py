@@ -41,6 +41,9 @@ from .config import PretrainingConfig
 _SAMPLED_FILES = 16
 _BATCHES_LOOKED_AT = 50
 
+# Utterances of data that an epoch is looked at of, and the share of the audio that is about all of it.
+_SMALL, _MOST = 100_000, 0.8
+
 
 class EpochLoader:
     """Batches of utterances whose lengths are known: see `batching`.
@@ -211,10 +214,19 @@ def expected_batches(
 
 
 def heard_note(sampler: BucketSampler, lengths: np.ndarray, data: DataSection) -> str | None:
-    """What share of the audio an epoch hears, and what to do about it, where recordings are longer than crops."""
+    """What share of the audio an epoch hears, and what to do about it, where recordings are longer than crops.
+
+    Those are as long as the shortest of a batch, without padding: in small data it may be much shorter than the others.
+    """
     longer = int((np.asarray(lengths) > data.max_sample_size).sum())
     if not longer:
-        return None
+        if data.enable_padding or len(lengths) > _SMALL or (share := sampler.heard_share) > _MOST:
+            return None
+        return (
+            f"an epoch hears {share:.1%} of the audio: the utterances of a batch are cropped to the shortest of them. "
+            "To hear more, set `data.enable_padding`, raise `data.num_buckets` or `data.min_sample_size`, or train for "
+            "more epochs."
+        )
     return (
         f"an epoch hears {sampler.heard_share:.1%} of the audio: {counted(longer, 'recording', 'is', 'are')} longer "
         f"than `data.max_sample_size` ({data.max_sample_size / SAMPLING_RATE:g} s), and of each an epoch takes one "

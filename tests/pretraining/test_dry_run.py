@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -11,8 +12,11 @@ from accelerate.state import AcceleratorState, PartialState
 from runs import SCRIPT, finish, launch, load_script, pretrain_here, rows, write_audio, write_config
 
 from spidr_hf import SpidrConfig
+from spidr_hf.data.batching import BucketSampler
+from spidr_hf.data.sections import DataSection
 from spidr_hf.pretraining.config import load_config
 from spidr_hf.pretraining.dry_run import published_times
+from spidr_hf.pretraining.loaders import heard_note
 from spidr_hf.pretraining.memory import checkpoint_bytes
 from spidr_hf.system.errors import ConfigError
 from spidr_hf.system.processes import RunLock
@@ -147,6 +151,16 @@ def test_what_an_epoch_hears_of_long_recordings(plan, script, config, tmp_path, 
     options = ["--data.max_sample_size", "6000", "--optimizer.max_steps", "1"]
     pretrain_here(config, tmp_path / "heard", *options)
     assert note in capsys.readouterr().err
+
+
+def test_what_an_epoch_hears_beside_a_short_utterance():
+    """Without padding a batch is as long as its shortest."""
+    lengths = np.array([16_000] * 9 + [1600])
+    for padding in (False, True):
+        data = DataSection(max_batch_length=200_000, num_buckets=1, enable_padding=padding)
+        sampler = BucketSampler(lengths, max_batch_length=200_000, num_buckets=1, padding=padding)
+        note = heard_note(sampler, lengths, data)
+        assert note is None if padding else "hears 11.0% of the audio" in note and "`data.enable_padding`" in note
 
 
 def test_what_cannot_be_pushed(plan, monkeypatch):
