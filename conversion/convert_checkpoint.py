@@ -25,7 +25,7 @@ import huggingface_hub
 from transformers.utils import logging
 
 from spidr_hf.hub.card import converted_card
-from spidr_hf.system.commands import HelpFormatter, end
+from spidr_hf.system.commands import HelpFormatter, bars_of_downloads_alone, end
 from spidr_hf.system.files import remove_abandoned
 from spidr_hf.system.messages import one_line
 
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:  # as a command, by whatever name
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary folders go
         logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        bars_of_downloads_alone()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "source",

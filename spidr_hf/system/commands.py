@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import enable_progress_bars
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -62,7 +64,7 @@ def clear_errors(extra: str = "eval", *, needs: Sequence[str] = ()) -> Iterator[
     """
     without_cudnn_attention()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    bars_of_downloads_alone()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     log_above_bars()
     try:
@@ -138,6 +140,14 @@ def without_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def bars_of_downloads_alone() -> None:
+    """Leaves of Transformers' and the Hub's progress bars those of downloads, which may take long."""
+    transformers_logging.disable_progress_bar()  # the Hub's, too
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        for kind in ("http_get", "xet_get"):
+            enable_progress_bars(f"huggingface_hub.{kind}")
+
+
 def end(message: str) -> NoReturn:
     """End the process with a line on stderr, below what there is of progress bars, and status 1."""
     end_bars()
@@ -177,7 +187,7 @@ def training_command() -> Iterator[None]:
     prepare_training_process()
     without_cudnn_attention()
     log_above_bars()
-    transformers_logging.disable_progress_bar()
+    bars_of_downloads_alone()
     try:
         with _workers_end_first():
             yield
@@ -196,6 +206,7 @@ def training_command() -> Iterator[None]:
 __all__ = [
     "DEVICE_IS_FULL",
     "HelpFormatter",
+    "bars_of_downloads_alone",
     "clear_errors",
     "describe",
     "end",

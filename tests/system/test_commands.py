@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import run_command
+from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from runs import write_audio, write_config
 from tqdm import tqdm
 
@@ -61,6 +63,17 @@ def test_a_full_disk(number):
     with pytest.raises(SystemExit) as stop, clear_errors():
         raise OSError(number, "No more", "/data/file")
     assert stop.value.code.startswith("error: the disk is full: /data/file cannot be written (No more). Make room")
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("command", [clear_errors, training_command])
+def test_downloads_have_progress_bars(monkeypatch, command, wanted):
+    """Transformers' switch for bars turns off those of the Hub, too: gigabytes would come without a sign."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", None if wanted else True)
+    disable_progress_bars()
+    with command():
+        assert are_progress_bars_disabled("huggingface_hub.http_get") is not wanted
+        assert are_progress_bars_disabled("huggingface_hub.lfs_upload")
 
 
 @pytest.mark.parametrize("command", [clear_errors, training_command])
