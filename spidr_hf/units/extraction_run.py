@@ -91,7 +91,9 @@ def run_extraction(
     state = PartialState()
     folder = store.journal_folder
     with ExitStack() as held:
-        lock = held.enter_context(_lock(store.root, shard)) if state.is_main_process else None
+        looking = held.enter_context(ExitStack())
+        if state.is_main_process:
+            looking.enter_context(_lock(store.root, shard))
         own = _keep_apart(folder, shard, held) if state.is_main_process else None
         todo = store.missing(extractor, source)
         earlier = list(folder.glob("*.jsonl"))
@@ -112,18 +114,18 @@ def run_extraction(
                 store.start()
                 (folder / _STARTED).touch()
             state.wait_for_everyone()
-            if lock is not None and shard:
-                lock.release()  # others may begin
+            if shard:
+                looking.close()  # others may begin
             batches = part[state.process_index :: state.num_processes]
             progress = progress and state.is_main_process
             _extract_part(source, extractor, store, batches, missing, folder / name, threads, progress)
         state.wait_for_everyone()
         if not state.is_main_process:
             return None
-        if shard and lock is not None and own is not None:
+        if shard and own is not None:
             mine = [path for path in folder.glob(f"*-{shard.index}of{shard.count}-*.jsonl") if path not in earlier]
             done = _read_journals(mine)
-            lock.release()
+            looking.close()
             held.enter_context(_lock(store.root, shard))
             found = len(store.names) - len(todo)
             throughput.seconds = done.seconds
