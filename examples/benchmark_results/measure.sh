@@ -17,7 +17,7 @@ chip=${1:?the name of the chip, h100 say}
 shift
 results=${RESULTS:-examples/benchmark_results}/$chip
 chosen=("$@")
-names=(parity step profile tests parity-all modules frozen lengths compile-cold compile-warm inference)
+names=(parity step profile tests parity-all modules frozen lengths compile-cold compile-warm inference curves)
 for name in "${chosen[@]}"; do
   if [[ " ${names[*]} " != *" $name "* ]]; then
     echo "error: $name is none of ${names[*]}" >&2
@@ -48,6 +48,13 @@ run() { # NAME COMMAND-OF-EXAMPLES OPTIONS...
   part "$name" "${PYTHON:-python}" "examples/$command.py" "$@" --json "$results-$name.json"
 }
 
+train() { # FOLDER OPTIONS...
+  local folder=$1
+  shift
+  part curves "${PYTHON:-python}" examples/pretrain.py --config examples/configs/demo.toml --optimizer.max_steps 500 \
+    --run.log_interval 10 --output-dir "$scratch/$folder" "$@"
+}
+
 run parity check_parity tests/fixtures/parity/spidr-tiny --forms plain kernels
 run step benchmark_cuda --parts step
 run profile benchmark_cuda --parts profile
@@ -57,12 +64,20 @@ run parity-all check_parity
 run modules benchmark_cuda --parts modules kernels
 run frozen benchmark_cuda --frozen --parts step
 run lengths benchmark_cuda --parts step --new-lengths
-export TORCHINDUCTOR_CACHE_DIR
-TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) # of which the second start finds what the first one leaves
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export TORCHINDUCTOR_CACHE_DIR=$scratch/compiled # of which the second start finds what the first one leaves
 run compile-cold benchmark_cuda --parts compile
 run compile-warm benchmark_cuda --parts compile
 unset TORCHINDUCTOR_CACHE_DIR
 run inference benchmark --size base --device cuda --batch 16 --seconds 14.8 --dtype bfloat16
+# Two runs that differ in nothing but the order of the audio say how far apart the third may be.
+train other --run.kernels false --run.compile false --optimizer.dtype float32 --data.random_seed 1
+train plain --run.kernels false --run.compile false --optimizer.dtype float32
+train fast --optimizer.dtype bfloat16
+for one in other fast; do
+  part curves "${PYTHON:-python}" examples/compare_runs.py "$scratch/$one/metrics.jsonl" "$scratch/plain/metrics.jsonl"
+done
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "== not done: ${failed[*]}"
