@@ -174,16 +174,17 @@ class _Anything(ModuleType):
 
 
 def _spidr_data(name: str) -> ModuleType:
-    """`spidr.data.NAME`. Its audio loader wants a torchcodec that fits the newest torch only; no audio is read here."""
-    decoders = sys.modules.get("torchcodec.decoders")
-    sys.modules["torchcodec.decoders"] = _Anything("torchcodec.decoders")
+    """`spidr.data.NAME`. Its audio loader wants a torchcodec that fits the newest torch only, its manifests polars;
+    no audio is read here, and no manifest."""
+    names = ["torchcodec.decoders"] + (["polars"] if importlib.util.find_spec("polars") is None else [])
+    before = {module: sys.modules[module] for module in names if module in sys.modules}
+    sys.modules.update({module: _Anything(module) for module in names})
     try:
         return importlib.import_module(f"spidr.data.{name}")
     finally:
-        if decoders is None:
-            del sys.modules["torchcodec.decoders"]
-        else:
-            sys.modules["torchcodec.decoders"] = decoders
+        for module in names:
+            del sys.modules[module]
+        sys.modules.update(before)
 
 
 def spidr_span_masks() -> Callable[..., Tensor] | None:
