@@ -246,9 +246,9 @@ def conv_norm_gelu(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, strid
 
 
 def splits_products(device: torch.device) -> bool:
-    """Whether Triton divides a product among warps although another follows that uses it: on Hopper and on Blackwell's
-    large chips (12 is the small ones). Elsewhere each warp gets all of it, for which registers are too few by far."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    """Whether Triton divides a product among warps although another follows that uses it: on Hopper alone. Before and
+    after, each warp gets all of it, for which registers are too few by far."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _conv_block(channels: int) -> dict[str, int]:

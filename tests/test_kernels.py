@@ -292,9 +292,11 @@ def test_groups_too_wide_for_the_kernel_are_convolved_plainly(kernels):
         assert (NAMESPACE in called) == own
 
 
-@pytest.mark.parametrize(("capability", "splits"), [((8, 0), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)])
-def test_products_are_split_on_large_chips_from_hopper_on(monkeypatch, capability, splits):
-    """What the compiler does was looked at: without it an RTX 5090's registers would spill 14 KB a thread."""
+@pytest.mark.parametrize(
+    ("capability", "splits"), [((8, 0), False), ((9, 0), True), ((10, 0), False), ((12, 0), False)]
+)
+def test_products_are_split_on_hopper_alone(monkeypatch, capability, splits):
+    """What the compiler makes for the others then spills 14 to 19 KB of registers a thread."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert splits_products(torch.device("cuda")) == splits
 

@@ -96,7 +96,7 @@ if backend == "cuda":
     numbers = ["samples", "rows", "rows_per_program"]
     check("conv_norm_gelu_forward", {**inputs, "out": "bf16"}, numbers, shape, num_warps=8)
     grads = {"grad_taps": "fp32", "grad_gain": "fp32", "grad_shift": "fp32"}
-    split = int(chip) // 10 in (9, 10)
+    split = int(chip) == 90
     shape["by_hand"], options = not split, {"num_warps": 16, "num_stages": 3 if split else 2}
     check("conv_norm_gelu_backward", {"grad": "bf16", **inputs, **grads}, numbers, shape, **options)
 dtype = "fp32"
