@@ -66,7 +66,8 @@ def save_model(converted: Converted, folder: Path) -> None:
 def is_model_folder(path: str | os.PathLike) -> bool:
     """Whether a path is a folder with a configuration and weights as `save_pretrained` writes them."""
     weights = ("model.safetensors", _INDEX)
-    return (Path(path) / "config.json").is_file() and any((Path(path) / name).exists() for name in weights)
+    # Unlike Path's these take URLs, whose parts may be longer than names of files can be.
+    return os.path.isfile(Path(path) / "config.json") and any(os.path.exists(Path(path) / name) for name in weights)
 
 
 def load_folder(folder: str | os.PathLike, *, allow_non_finite: bool = False) -> tuple[SpidrConfig, dict[str, Tensor]]:

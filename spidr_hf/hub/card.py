@@ -5,6 +5,7 @@ The template and the data of the published checkpoints' cards are files in `mode
 
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -93,7 +94,7 @@ def base_model(start: str | Path | None) -> str | None:
     known = {name: card["hub_id"] for name, card in published().items()}
     known |= {card["source"]["url"]: card["hub_id"] for card in published().values() if "url" in card["source"]}
     names: list[Any] = [known.get(str(start), start)]
-    if start is not None and Path(start).exists():
+    if start is not None and os.path.exists(start):
         path, data = Path(start) / "README.md", ModelCardData()
         with suppress(YAMLError, ValueError, TypeError):  # whatever is wrong with a card, the model itself is there
             data = ModelCard.load(path, ignore_metadata_errors=True).data if path.is_file() else data

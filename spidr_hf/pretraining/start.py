@@ -185,7 +185,7 @@ def make_model(config: PretrainingConfig, checkpoint: Checkpoint | None) -> tupl
     start = config.run.init_ckpt
     if start is None:
         return initial_model(config.model, config.run.random_seed), "Beginning with random weights."
-    if Path(start).is_dir() and not (Path(start) / "config.json").exists() and (hint := run_hint(start)):
+    if os.path.isdir(start) and not (Path(start) / "config.json").exists() and (hint := run_hint(start)):
         raise ConfigError(f"`run.init_ckpt` {start} is no model folder.{hint}")
     try:
         if is_model_folder(start):

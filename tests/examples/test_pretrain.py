@@ -1,17 +1,21 @@
 """`examples/pretrain.py` from end to end: it runs, and resumes where it was killed. (The rest with real processes.)"""
 
 import ast
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard, constants
 from runs import SCRIPT, assert_same_run, final, pretrain_here, rows, write_audio, write_config
 from safetensors.torch import load_file
 
@@ -374,6 +378,21 @@ def test_starting_from_existing_weights(pretrain, tmp_path):
         if part != "codebooks":  # which move fast
             torch.testing.assert_close(before[name], after[name], atol=0.05, rtol=0.5)
     assert rows(folder)[0]["lr"] == pytest.approx(2e-5) and rows(folder)[0]["ema_decay"] < 0.9991
+
+
+def test_init_ckpt_may_be_a_long_url(pretrain, tmp_path, monkeypatch):
+    """As those are that a store signs, with parts longer than names of files can be."""
+    fixture = Path(__file__).parents[1] / "fixtures" / "parity" / "spidr-tiny"
+    section = json.loads((fixture / "config.json").read_text())["model"]
+    overrides = [text for name, value in section.items() for text in (f"--model.{name}", json.dumps(value).strip('"'))]
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(fixture))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        start = f"http://127.0.0.1:{server.server_port}/checkpoint.pt?signature={'x' * 300}"
+        folder = pretrain("signed", *overrides, "--run.init_ckpt", start, "--optimizer.max_steps", "1")
+        server.shutdown()
+    assert ModelCard.load(folder / "final" / "README.md").data.base_model is None
 
 
 def test_what_init_ckpt_is_need_not_be_written(pretrain, config, tmp_path):
