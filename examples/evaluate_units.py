@@ -80,7 +80,7 @@ def main() -> None:
         help="phones there can be; others are an error (default: those of the alignments)",
     )
     args = parser.parse_args()
-    with clear_errors():
+    with clear_errors(needs=["scipy", "rapidfuzz"] if args.assignment == "one-to-one" else ["rapidfuzz"]):
         if args.plot:  # what is missing is told before anything is computed
             from spidr_hf.plots.figures import layer_figure, matrix_figure, save_figure
         if args.card:

@@ -251,7 +251,8 @@ def test_a_card_that_is_not_there_is_told_first(monkeypatch, capsys, tmp_path, n
     ("arguments", "package", "install"),
     [
         ("plot-units a b c.png", "matplotlib", "'spidr_hf[eval]'"),
-        ("evaluate-units a b --plot c.png", "matplotlib", "'spidr_hf[eval]'"),
+        ("evaluate-units a b", "rapidfuzz", "'spidr_hf[eval]'"),
+        ("evaluate-units a b --assignment one-to-one", "scipy", "'spidr_hf[eval]'"),
         ("evaluate-abx a b --plot c.png", "matplotlib", "'spidr_hf[eval]'"),
         ("evaluate-abx a b --backend fastabx", "fastabx", "fastabx"),
         ("train-kmeans a b.safetensors --clusters 2", "sklearn", "'spidr_hf[eval]'"),

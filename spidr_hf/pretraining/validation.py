@@ -10,6 +10,7 @@ them: purity and PNMI (arXiv 2106.07447).
 """
 
 import hashlib
+import importlib.util
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -177,6 +178,10 @@ class ValidationSet:
         self.batches = [kept[batch] for batch in batches_by_length(crops, data.max_batch_length)]
         self.num_utterances = len(kept)
         self._standardize = SpidrFeatureExtractor().standardize if data.normalize else None
+        if data.alignments_path and importlib.util.find_spec("rapidfuzz") is None:  # which counts phones' errors
+            raise ConfigError(
+                f"`validation.{name}.alignments_path` needs the package rapidfuzz: pip install 'spidr_hf[train]'."
+            )
         self._phones = self._align(kept) if data.alignments_path else {}
         self._extractor: Extractor | None = None
         self.fingerprint = self._fingerprint()

@@ -1,5 +1,6 @@
 """Validation says of every checkpoint what it would say alone, disturbs nothing, and is done once."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -454,6 +455,15 @@ def test_best_is_kept(run, monkeypatch):
     lines = (json.dumps({name: value for name, value in row.items() if value is not None}) + "\n" for row in old)
     (run / "validation.jsonl").write_text("".join(lines))
     assert follow("per")["step"] == left[-1]["step"]
+
+
+def test_a_package_that_phones_need_is_told_first(config, monkeypatch):
+    """Not after the first checkpoint, or in the middle of a run."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rapidfuzz" else find_spec(name))
+    with pytest.raises(ConfigError, match=r"alignments_path` needs the package rapidfuzz: pip install"):
+        dev(config)
+    assert dev(config, alignments_path=None)
 
 
 @pytest.mark.parametrize(
