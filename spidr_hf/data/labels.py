@@ -16,13 +16,15 @@ from .sources import AudioSource
 
 _ID_COLUMNS = ("fileid", "id", "file", "path")
 _PATH_COLUMNS = ("file", "path")
+_TABLES = (".jsonl", ".json", ".csv", ".tsv")
 
 
 class Labels:
     """The columns of label files, or of DATA itself, by file id.
 
     Args:
-        files: `.jsonl`, `.csv` or `.tsv` files with a column `fileid` (or `id`, `file`). Several are put together.
+        files: `.jsonl`, `.csv` or `.tsv` files with a column `fileid` (or `id`, `file`). Several are put together;
+            alignments of other kinds beside them are passed over.
         data: what DATA was, whose own columns count where no file is given: a manifest, or a data set.
         source: DATA, opened.
     """
@@ -34,7 +36,8 @@ class Labels:
         self._rows: dict[str, dict[str, Any]] = {}
         if isinstance(source, DatasetSource) and not files:
             return
-        for path in self.files or [Path(data)]:
+        tables = [path for path in self.files if path.suffix.lower() in _TABLES]
+        for path in tables or self.files or [Path(data)]:
             for key, row in read_table(path).items():
                 known = self._rows.setdefault(key, {})
                 for column in (known.keys() & row.keys()).difference(_ID_COLUMNS):
@@ -67,7 +70,7 @@ def read_table(path: str | Path) -> dict[str, dict[str, Any]]:
     Raises `ValueError`, naming the line, for what is no such table, and for a file id that comes twice.
     """
     path = Path(path)
-    if not path.is_file() or path.suffix.lower() not in (".jsonl", ".json", ".csv", ".tsv"):
+    if not path.is_file() or path.suffix.lower() not in _TABLES:
         what = "no such file" if not path.exists() else "no table"
         raise ValueError(
             f"{path}: {what} of labels. Labels are .jsonl, .csv or .tsv with a column fileid (or id) and one for the "
@@ -94,12 +97,13 @@ def read_table(path: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def read_phones(files: Sequence[str | Path], tier: str | None = None) -> dict[str, Phones]:
-    """Phones of all alignment files (see `alignments.read_alignments`), by file id.
+    """Phones of all alignment files (see `alignments.read_alignments`), by file id. CSV and TSV are none: they are
+    tables of something else, of speakers for example.
 
     Raises `ValueError` where two files have other phones for the same.
     """
     phones: dict[str, Phones] = {}
-    for file in files:
+    for file in (file for file in files if Path(file).suffix.lower() not in (".csv", ".tsv")):
         for fileid, entry in read_alignments(file, tier=tier).items():
             if phones.setdefault(fileid, entry) != entry:
                 raise _clash(file, fileid, "phones")

@@ -44,7 +44,7 @@ def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
         "--hold-out",
         metavar="COLUMN=VALUE",
         help="keep utterances with this value (speaker=slt) out of training and validation, and score those of --valid "
-        "by themselves at the end",
+        "by themselves at the end; the column is one of --labels (give a table beside TextGrids) or of DATA",
     )
     group = parser.add_argument_group("model")
     group.add_argument(

@@ -71,6 +71,10 @@ def test_tables_as_people_have_them(tmp_path):
     for name, phone in (("a", "A"), ("same", "A"), ("b", "B")):
         (tmp_path / f"{name}.ctm").write_text(f"u 1 0 0.1 {phone}\n")
     assert read_phones([tmp_path / "a.ctm", tmp_path / "same.ctm"]) == {"u": [("A", 0.0, 0.1)]}
+    assert read_phones([tmp_path / "a.ctm", tmp_path / "more.csv"]) == {"u": [("A", 0.0, 0.1)]}
+    assert Labels([tmp_path / "a.ctm", tmp_path / "more.csv"], "unused", None).column("speaker") == {"cards/001": "S"}
+    with pytest.raises(ValueError, match=r"a.ctm: no table of labels"):
+        Labels([tmp_path / "a.ctm"], "unused", None)
     with pytest.raises(ValueError, match=r"b.ctm has other phones for 'u'"):
         read_phones([tmp_path / "a.ctm", tmp_path / "b.ctm"])
 
