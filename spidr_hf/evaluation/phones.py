@@ -76,10 +76,12 @@ def count_pairs(
         covered = np.arange(int(len(values) * UNIT / step + 1e-6))
         unit_steps = values[((covered + 0.5) * step / UNIT).astype(np.int64)] if len(values) else values
         if abs(len(steps) - len(unit_steps)) > most:
+            few = len(unit_steps) < len(steps)
+            advice = "Units must not be deduplicated." if few else "Silence at the end must be labelled, too."
             raise ValueError(
                 f"The lengths of {fileid!r} disagree: its {counted(len(values), 'unit', 'covers', 'cover')} "
                 f"{len(unit_steps)} steps of {step * 1000:g} ms, its alignment has {len(steps)}. They may differ by "
-                f"{most}. Units must not be deduplicated."
+                f"{most}. {advice}"
             )
         length = min(len(steps), len(unit_steps))
         if unit_steps[:length].min(initial=0) < 0:

@@ -104,6 +104,12 @@ def test_what_cannot_be_is_named():
         agreement({"x": [1, 2]}, {})
 
 
+def test_what_to_do_where_lengths_disagree():
+    for units, advice in ((2, "not be deduplicated"), (9, "Silence at the end must be labelled")):
+        with pytest.raises(ValueError, match=advice):
+            count_pairs({"x": [1] * units}, {"x": [("A", 0.0, 0.1)]})
+
+
 def test_names_match_by_path_or_by_its_last_part():
     assert match_names(["a/x", "y"], ["a/x", "b/y", "b/x"]) == ({"a/x": "a/x", "y": "b/y"}, [])
     assert match_names(["x", "z", "y"], ["a/x", "b/x", "b/y"]) == ({"y": "b/y"}, ["x", "z"])
