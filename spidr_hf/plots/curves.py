@@ -166,7 +166,7 @@ def chart(axes: Axes, title: str, xlabel: str) -> None:
     axes.grid(axis="y", color="#e8ebee", lw=0.8)
     axes.set_axisbelow(True)
     if not isinstance(axes.xaxis.get_major_locator(), FixedLocator):  # there is no half of a step or a layer
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if legend := axes.get_legend():
         legend.set_frame_on(False)
         for text in legend.get_texts():

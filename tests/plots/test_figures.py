@@ -5,6 +5,7 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
+from spidr_hf.finetuning.plots import curves_figure as finetuning_figure
 from spidr_hf.finetuning.plots import layer_weights_figure
 from spidr_hf.plots.curves import curves_figure
 from spidr_hf.plots.figures import (
@@ -159,6 +160,12 @@ def test_axes_of_validation_begin_at_0_and_have_whole_steps():
     for ax in figure.axes[:2]:
         assert ax.get_ylim()[0] == ax.get_xlim()[0] == 0 and ax.get_ylim()[1] > ax.dataLim.y1
         assert all(tick == round(tick) for tick in ax.get_xticks())
+
+
+def test_a_single_validation_has_a_whole_step():
+    figure = finetuning_figure([{"step": 2, "loss": 3.0, "valid_loss": 2.9, "valid_per": 1.0}], 2)
+    for ax in figure.axes:
+        assert [tick for tick in ax.get_xticks() if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]] == [2]
 
 
 def test_pictures_say_what_their_lines_and_squares_mean():
