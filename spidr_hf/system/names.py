@@ -51,8 +51,8 @@ def find_names(names: Collection[str], known: Collection[str]) -> dict[str, list
         found[name], common = [], 0.0
         if name in known:
             found[name], common = [name], float("inf")
-        elif end := next((end for end in _ends(name) if end in by_end), None):
-            found[name], common = by_end[end], end.count("/")
+        elif shared := next((end for end in _ends(name) if end in by_end), None):
+            found[name], common = by_end[shared], shared.count("/")
         if len(found[name]) == 1:
             claims[found[name][0]].append((common, name))
     for claimed in claims.values():

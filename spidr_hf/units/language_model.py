@@ -275,7 +275,7 @@ def read_pairs(
                     f"{path}, line {number}: {shown(value, 40)!r} are no units (numbers between spaces). If they are "
                     "files, give their units, too."
                 ) from error
-        if len(found := known.get(without_suffix(value), ())) == 1:
+        if len(found := known.get(without_suffix(value), [])) == 1:
             return units_to_text(units[found[0]])
         raise ValueError(f"{path}, line {number}: there are no units of {shown(value)!r}.")
 
