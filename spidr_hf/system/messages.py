@@ -56,7 +56,7 @@ def counted(number: int, noun: str, one: str = "", many: str = "", *, of: int | 
     if things != 1 and noun.endswith("ry"):
         noun = f"{noun[:-1]}ies"
     elif things != 1:
-        noun += "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+        noun += "es" if noun.endswith(("s", "x", "ch", "sh")) and noun != "epoch" else "s"
     verb = one if number == 1 else many
     return f"{number}{'' if of is None else f' of {of}'} {noun}{verb and ' '}{verb}"
 

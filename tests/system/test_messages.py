@@ -58,6 +58,7 @@ def test_whole_messages() -> None:
         (counted(1, "update"), "1 update"),
         (counted(0, "update"), "0 updates"),
         (counted(2, "batch"), "2 batches"),
+        (counted(3, "epoch"), "3 epochs"),
         (counted(1, "process"), "1 process"),
         (counted(1, "utterance", "has", "have", of=7), "1 of 7 utterances has"),
         (counted(0, "file", "is", "are", of=1), "0 of 1 file are"),
