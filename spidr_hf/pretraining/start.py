@@ -28,7 +28,7 @@ from ..hub.loading import run_hint
 from ..hub.spidr_names import architecture_differences, to_model_section, to_spidr_config
 from ..modeling_spidr import SpidrForPretraining
 from ..system.errors import ConfigError
-from ..system.files import write_text
+from ..system.files import nearest_existing, write_text
 from ..system.messages import counted
 from ..system.processes import RunLock, lock
 from ..system.tables import read_table
@@ -273,7 +273,7 @@ def complete_note(output_dir: Path, config: PretrainingConfig, checkpoint: Check
 
 def plan(config: PretrainingConfig, output_dir: Path, running: bool) -> Iterator[Line]:
     """Whether the run's folder is free, and what will lie there; `running`: it holds a part of it already."""
-    existing = next(place for place in (output_dir.absolute(), *output_dir.absolute().parents) if place.exists())
+    existing = nearest_existing(output_dir)
     if _locked(output_dir / ".lock"):
         yield Line(PROBLEM, f"{output_dir} is in use by another run at present. Stop it first.")
     kept, each = config.run.keep_latest, checkpoint_bytes(config.model)

@@ -47,12 +47,17 @@ def replaced_file(path: str | os.PathLike) -> Iterator[Path]:
                 partial.unlink(missing_ok=True)
 
 
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
+
+
 def check_place(path: Path, *, folder: bool = False) -> Path:
     """The path of a file to write, or of a `folder` to write into.
 
     Raises `ValueError` where the other of the two is there, or no folder can be made for it, or nothing written.
     """
-    there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
+    there = nearest_existing(path)
     if there.is_dir() != (folder or there != path.absolute()):
         raise ValueError(f"{path} cannot be written: {there} is {'a' if there.is_dir() else 'no'} folder.")
     if not os.access(there if there.is_dir() else there.parent, os.W_OK | os.X_OK):
@@ -303,6 +308,7 @@ __all__ = [
     "is_writing",
     "make_public",
     "naming",
+    "nearest_existing",
     "new_parents",
     "publish",
     "remove_abandoned",
